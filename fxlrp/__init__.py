@@ -1,0 +1,29 @@
+"""fxlrp: compile any Transformer into its layer-wise relevance propagation."""
+
+from .errors import (
+    CaptureError,
+    CompositeError,
+    FxlrpError,
+    InputError,
+    NoPathError,
+    NonFiniteError,
+    StochasticModelError,
+    TargetError,
+    UncoveredOpError,
+)
+from .explainer import Explainer, lrp_compile
+from .explanation import Explanation
+from .ledger import Ledger
+from .rules import PRESETS, Composite, name, op
+from .targets import Function, Logit, LogitDifference, Predicted, Target
+
+#: The names that ``composite=`` takes.
+composites = tuple(PRESETS)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError", "Composite", "CompositeError", "Explainer", "Explanation", "Function", "FxlrpError", "InputError",
+    "Ledger", "Logit", "LogitDifference", "NoPathError", "NonFiniteError", "Predicted", "StochasticModelError",
+    "Target", "TargetError", "UncoveredOpError", "composites", "lrp_compile", "name", "op",
+]

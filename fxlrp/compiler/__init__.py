@@ -1,0 +1,1 @@
+"""The compiler: capture, canonicalize, assign, rewrite, transpose, lower."""

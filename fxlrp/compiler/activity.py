@@ -1,0 +1,175 @@
+"""Activity: which nodes carry relevance from the explained inputs to the target.
+
+Activity follows floating point data only: a size read off an active tensor, a comparison, an index are not active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+from torch import fx
+
+from .graphs import is_float, is_op, leaves, placeholders, value
+
+#: Ops whose output is floating point but depends on their input's shape only, or is constant almost everywhere.
+_STOPS = frozenset("""zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty
+    new_full new_empty_strided detach sign sgn floor ceil round trunc heaviside one_hot""".split())
+#: How an integer may travel from an input to the lookup that reads it without becoming something else.
+_ID_PATH = ("view", "reshape", "unsafe_view", "flatten", "unsqueeze", "squeeze", "slice", "select", "narrow", "expand",
+            "clone", "contiguous", "alias", "to", "to_copy", "detach", "masked_fill", "where", "cat", "clamp",
+            "clamp_min", "roll", "flip", "index_select", "transpose", "permute", "pad", "constant_pad_nd",
+            "slice_scatter", "select_scatter", "lift_fresh_copy", "split", "split_with_sizes", "chunk", "getitem",
+            "unbind", "type_as", "long")
+#: How an embedding may travel to the sum in which it meets others of its token.
+_SUM_PATH = ("add", "mul", "div", "dropout", "to", "to_copy", "type_as", "clone", "view", "reshape", "unsqueeze",
+             "expand", "contiguous", "alias")
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where an explained input enters the differentiable part of the graph.
+
+    Attributes:
+        input: the input's placeholder.
+        node: the node whose value is explained: the placeholder of a float input, the embedding lookup of integer ids.
+        path: for a lookup, the integer nodes between the placeholder and the lookup, in order.
+    """
+
+    input: fx.Node
+    node: fx.Node
+    path: tuple[fx.Node, ...] = ()
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether integer ids are explained at their embedding."""
+        return self.node is not self.input
+
+    def moved(self, nodes: Mapping[str, fx.Node]) -> Source:
+        """The same source in another graph whose nodes have the same names."""
+        return Source(nodes[self.input.name], nodes[self.node.name], tuple(nodes[n.name] for n in self.path))
+
+
+def carries(node: fx.Node) -> bool:
+    """Whether a node can hand relevance on at all."""
+    return is_float(node) and not is_op(node, *_STOPS)
+
+
+def float_edges(graph: fx.Graph) -> nx.DiGraph:
+    """Edges along which relevance can flow: from floating point operands to what is computed of them."""
+    edges = nx.DiGraph()
+    for node in graph.nodes:
+        edges.add_node(node)
+        if node.op == "call_function" and carries(node):
+            edges.add_edges_from((operand, node) for operand in leaves(node) if is_float(operand))
+    return edges
+
+
+def candidates(graph: fx.Graph) -> tuple[Source, ...]:
+    """Every place where an input enters: float placeholders and embedding lookups of integer ones."""
+    found: list[Source] = []
+    for node in placeholders(graph):
+        if is_float(node):
+            found.append(Source(node, node))
+        else:
+            found.extend(_lookups(node))
+    return tuple(found)
+
+
+def explained(module: fx.GraphModule, targets: Sequence[fx.Node]) -> tuple[Source, ...]:
+    """The sources that are explained: those that reach a target other than as a mask of attention.
+
+    Of several integer inputs whose embeddings are summed before anything else happens to them (token and type ids),
+    the one with the largest table is explained; the others count as constants, like position embeddings.
+    """
+    graph = module.graph
+    edges = float_edges(graph)
+    for node in graph.nodes:
+        if is_op(node, "attention", "scaled_dot_product_attention") and len(node.args) > 3:
+            mask = node.args[3]
+            if isinstance(mask, fx.Node) and edges.has_edge(mask, node) and mask not in node.args[:3]:
+                edges.remove_edge(mask, node)
+    useful = set(targets).union(*(nx.ancestors(edges, t) for t in targets if t in edges)) if targets else set()
+    sources = [s for s in candidates(graph) if s.node in useful]
+    return tuple(s for s in sources if not any(_outranks(other, s) for other in sources))
+
+
+def reachable(module: fx.GraphModule, starts: Iterable[fx.Node], blocked: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """All nodes that relevance-carrying data flows to from the starts, without passing through blocked nodes."""
+    edges = float_edges(module.graph)
+    edges.remove_edges_from([edge for node in blocked for edge in list(edges.out_edges(node))])
+    active: set[fx.Node] = set()
+    for start in starts:
+        active |= {start} | nx.descendants(edges, start)
+    return active - set(blocked)
+
+
+@dataclass(frozen=True, eq=False)
+class Dependence:
+    """Which inputs each node's floating point data comes from."""
+
+    _sources: dict[fx.Node, frozenset[fx.Node]]
+
+    @staticmethod
+    def of(module: fx.GraphModule) -> Dependence:
+        """For all nodes of a graph."""
+        edges = float_edges(module.graph)
+        reached: dict[fx.Node, set[fx.Node]] = {}
+        for source in candidates(module.graph):
+            for node in {source.node} | nx.descendants(edges, source.node):
+                reached.setdefault(node, set()).add(source.input)
+        return Dependence({node: frozenset(inputs) for node, inputs in reached.items()})
+
+    def sources_of(self, node: fx.Node) -> frozenset[fx.Node]:
+        """The inputs that a node's data comes from."""
+        return self._sources.get(node, frozenset())
+
+    def entangled(self, first: fx.Node, second: fx.Node) -> bool:
+        """Whether two nodes' data come from a common input."""
+        return bool(self.sources_of(first) & self.sources_of(second))
+
+
+def _lookups(placeholder: fx.Node) -> list[Source]:
+    found: list[Source] = []
+    seen: set[fx.Node] = set()
+    stack: list[tuple[fx.Node, tuple[fx.Node, ...]]] = [(placeholder, ())]
+    while stack:
+        node, path = stack.pop()
+        for user in node.users:
+            if user in seen:
+                continue
+            if _is_lookup(user, node):
+                seen.add(user)
+                found.append(Source(placeholder, user, path))
+            elif is_op(user, *_ID_PATH) and not is_float(user) and user.args and node in leaves(user):
+                seen.add(user)
+                stack.append((user, (*path, user)))
+    return found
+
+
+def _is_lookup(node: fx.Node, ids: fx.Node) -> bool:
+    if is_op(node, "embedding"):
+        return node.args[1] is ids
+    if is_op(node, "index", "index_select") and getattr(node.args[0], "op", "") == "get_attr" and is_float(node):
+        indices = node.args[1] if is_op(node, "index") else (node.args[2],)
+        return len(indices) == 1 and indices[0] is ids
+    return False
+
+
+def _outranks(other: Source, source: Source) -> bool:
+    if not (other.is_lookup and source.is_lookup) or other.input is source.input:
+        return False
+    if value(other.node.args[0]).numel() <= value(source.node.args[0]).numel():
+        return False
+    return not _sums(other.node).isdisjoint(_sums(source.node))
+
+
+def _sums(node: fx.Node) -> set[fx.Node]:
+    found, stack = set(), [node]
+    while stack:
+        for user in stack.pop().users:
+            if is_op(user, *_SUM_PATH) and user not in found:
+                found.add(user)
+                stack.append(user)
+    return {n for n in found if is_op(n, "add")}

@@ -1,0 +1,222 @@
+"""Assign: graph + composite -> plan: which node gets which rule, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from ..errors import NoPathError, UncoveredOpError, place
+from ..rules import MULTILINEAR, Composite, Gradient, Identity, NormRule, Rule, Taylor, Uniform, kind_of
+from ..rules.activation import op_name
+from .activity import Source, carries, reachable
+from .graphs import is_float, is_op, leaves, without_casts
+from .plan import Assignment, Plan
+from .provenance import module_path, source_line
+
+#: Kinds through which an operand is the same factor of a product as what it is made of.
+_TRANSPARENT = frozenset({"structural", "add"})
+
+
+def assign(module: fx.GraphModule, sources: Sequence[Source], targets: Sequence[fx.Node], composite: Composite, *,
+           strict: bool = True) -> Plan:
+    """Give every node between the sources and the targets its rule.
+
+    Frozen nodes are found first, since a product with a frozen factor is linear in the others; then the rules are
+    given from the targets back, so that only what really carries relevance needs one.
+
+    Raises:
+        UncoveredOpError: a nonlinear op carries relevance, no row of the table covers it, and ``strict``.
+        NoPathError: nothing differentiable leads from an input to the target.
+    """
+    starts = {s.node for s in sources}
+    reached = reachable(module, starts)
+    frozen = {node: row for node in module.graph.nodes if node in reached and _is_call(node) and node not in starts
+              and (row := _assignment(node, reached, composite, strict=False)).rule.freezes}
+    active = reachable(module, starts, frozen)
+    carrying = {t for t in targets if t in active}
+    rows: dict[fx.Node, Assignment] = {}
+    for node in reversed(module.graph.nodes):
+        if node not in carrying or node.op != "call_function" or node in starts:
+            continue
+        if node.target is operator.getitem:  # an element of a tuple is part of the op that made it
+            carrying.add(node.args[0])
+            continue
+        row = _assignment(node, active, composite, strict=strict)
+        rows[node] = row
+        operands = leaves(node)
+        carrying.update(operands[i] for i in row.active)
+    kept = tuple(s for s in sources if s.node in carrying)
+    if not kept:
+        names = ", ".join(sorted({s.input.name for s in sources})) or "any input"
+        where = [f"'{n.name}' ({row.reason})" for n, row in frozen.items()][:3]
+        raise NoPathError(
+            f"No differentiable path leads from {names} to the target"
+            + (f"; frozen on the way: {', '.join(where)}" if where else "")
+            + ". Integer inputs must reach an embedding lookup, float inputs must not be detached on the way.")
+    ordered = {n: rows[n] for n in module.graph.nodes if n in rows}
+    return Plan(tuple(ordered.values()), kept)
+
+
+def _assignment(node: fx.Node, active: set[fx.Node], composite: Composite, *, strict: bool) -> Assignment:
+    operands = leaves(node)
+    positions = tuple(i for i, leaf in enumerate(operands) if isinstance(leaf, fx.Node) and leaf in active
+                      and is_float(leaf))
+    path, name = module_path(node), op_name(node.target)
+    kind = _kind(node, operands, positions, active)
+    if kind is None:
+        if composite.allows_any_op:
+            return _row(node, "gradient", Gradient(), positions, f"{composite.title}: no rules", path)
+        if strict:
+            raise UncoveredOpError(
+                f"No rule covers '{name}' ({node.target}) in {place(path, source_line(node))}, and relevance flows "
+                "through it. Give it one: fxlrp.Composite([(fxlrp.name('…'), Rule())]), add a row to "
+                "fxlrp/rules/table.py if the op is affine or has a closed form, or pass strict=False for a first-order "
+                "Taylor step whose remainder the ledger shows.")
+        return _row(node, "uncovered", Taylor(), positions, "no rule covers it: first-order Taylor (strict=False)", path)
+    rule, reason = composite.rule(kind, path)
+    if kind in ("product", "matmul"):
+        return _product(node, operands, positions, rule, reason, kind, composite, active, path)
+    if isinstance(rule, (NormRule, Identity)) or kind in ("division", "attention"):
+        positions = _kept(kind, rule, positions, node)
+    if kind == "attention" and rule.name == "frozen_attention":
+        positions = tuple(i for i in positions if i == 2)
+    return _row(node, kind, rule, () if rule.freezes else positions, reason, path)
+
+
+def _kept(kind: str, rule: Rule, positions: tuple[int, ...], node: fx.Node) -> tuple[int, ...]:
+    """Operands that a rule hands relevance to; the others count as constants."""
+    if isinstance(rule, Gradient):
+        return positions
+    if kind == "attention":  # the mask is no operand of the rules; canonicalisation keeps explained masks out
+        return tuple(i for i in positions if i < 3)
+    if kind in ("division", "norm", "activation"):
+        return tuple(i for i in positions if i == 0)
+    return positions
+
+
+def _product(node: fx.Node, operands: list[Any], positions: tuple[int, ...], rule: Rule, reason: str, kind: str,
+             composite: Composite, active: set[fx.Node], path: str) -> Assignment:
+    """Products and matrix products: gates taken out where the composite freezes them, shares by number of factors."""
+    if composite.freezes_gates and kind == "product":
+        gates = tuple(i for i in positions if _is_gate(operands[i], active))
+        if gates and len(gates) < len(positions):
+            positions = tuple(i for i in positions if i not in gates)
+            names = ", ".join(f"'{operands[i].name}'" for i in gates)
+            if len(positions) == 1:
+                linear, _ = composite.rule("structural", path)
+                return _row(node, kind, linear, positions, f"{reason}, gate {names} frozen", path)
+            reason = f"{reason}, gate {names} frozen"
+    if isinstance(rule, Uniform):
+        counts = [_factors(operands[i], active) for i in positions]
+        if any(count != counts[0] for count in counts):
+            rule = dataclasses.replace(rule, shares=tuple(count / sum(counts) for count in counts))
+            reason = f"{reason}, {sum(counts)} factors"
+    return _row(node, kind, rule, () if rule.freezes else positions, reason, path)
+
+
+def _row(node: fx.Node, kind: str, rule: Rule, active: tuple[int, ...], reason: str, path: str) -> Assignment:
+    return Assignment(node.name, op_name(node.target), kind, rule, active, reason, path, source_line(node))
+
+
+def _kind(node: fx.Node, operands: list[Any], positions: tuple[int, ...], active: set[fx.Node]) -> str | None:
+    """The kind of a node, given which of its operands are active."""
+    kind = kind_of(node.target)
+    count = len(positions)
+    if kind == "linear" and count > 1:
+        # addmm and its like add their first operand to a product of the others: affine in it, bilinear in them.
+        if 0 in positions and op_name(node.target) in ("addmm", "baddbmm", "addmv", "addbmm"):
+            return None
+        kind = "matmul"
+    if kind in ("product", "matmul") and count < 2:
+        return "structural" if kind == "product" else "linear"
+    if kind == "division":
+        if node.kwargs.get("rounding_mode") is not None:
+            return None
+        if count == 1:
+            return "structural" if positions == (0,) else _gate_kind(node, active)
+    if kind == "softmax" and _weighs_values(node, active):
+        return "attention_weights"
+    if kind == "activation" and op_name(node.target) == "pow" and not _is_power(node):
+        return _gate_kind(node, active)
+    if kind == "activation" and op_name(node.target) == "hardtanh" and not _contains_zero(node):
+        return "selection"
+    if kind == "gate":
+        return _gate_kind(node, active)
+    return kind
+
+
+def _is_power(node: fx.Node) -> bool:
+    exponent = node.args[1] if len(node.args) > 1 else None
+    return isinstance(exponent, (int, float)) and exponent >= 1
+
+
+def _contains_zero(node: fx.Node) -> bool:
+    low, high = (*node.args[1:3], *(-1.0, 1.0)[len(node.args) - 1:])[:2]
+    return low <= 0 <= high
+
+
+def _gate_kind(node: fx.Node, active: set[fx.Node]) -> str:
+    """A gate where all it does is to multiply or divide something active; else a nonlinear step of its own."""
+    return "gate" if _only_multiplies(node, active) else "nonlinear"
+
+
+def _only_multiplies(node: fx.Node, active: set[fx.Node]) -> bool:
+    for user in node.users:
+        if not carries(user):
+            continue
+        kind = kind_of(user.target) if user.op == "call_function" else None
+        others = [x for x in leaves(user) if isinstance(x, fx.Node) and x is not node and x in active]
+        if kind in MULTILINEAR | {"division"} and others:
+            continue
+        if kind in ("structural", "product", "division", "gate") and not others and _only_multiplies(user, active):
+            continue
+        if kind == "add" and not others and _only_multiplies(user, active):
+            continue
+        return False
+    return bool(node.users)
+
+
+def _weighs_values(node: fx.Node, active: set[fx.Node]) -> bool:
+    """Whether a softmax's output goes into matrix products with something active, and nowhere else."""
+    users = [u for u in node.users if carries(u)]
+    return bool(users) and all(
+        (kind_of(u.target) == "matmul" and any(
+            isinstance(x, fx.Node) and x is not node and x in active for x in leaves(u)))
+        or (u.op == "call_function" and kind_of(u.target) == "structural" and _weighs_values(u, active))
+        for u in users)
+
+
+def _is_gate(node: fx.Node, active: set[fx.Node]) -> bool:
+    """Whether a factor comes straight from an activation, a gate or a softmax."""
+    while is_op(node) or node.op == "call_function":
+        kind = kind_of(node.target)
+        if kind in ("activation", "gate", "softmax"):
+            return True
+        nodes = [x for x in leaves(node) if isinstance(x, fx.Node) and x in active]
+        if kind not in _TRANSPARENT | {"selection", "division", "product"} or len(set(nodes)) != 1:
+            return False
+        node = nodes[0]
+    return False
+
+
+def _factors(node: fx.Node, active: set[fx.Node]) -> int:
+    """How many relevance-carrying factors an operand of a product is made of."""
+    node = without_casts(node)
+    if node.op != "call_function":
+        return 1
+    kind = kind_of(node.target)
+    nodes = [x for x in leaves(node) if isinstance(x, fx.Node) and x in active and is_float(x)]
+    if kind in ("product", "matmul") and len(nodes) > 1:
+        return sum(_factors(x, active) for x in nodes)
+    if len(nodes) == 1 and (kind == "structural" or (kind in ("product", "division") and nodes[0] in leaves(node))):
+        return _factors(nodes[0], active)
+    return 1
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is not operator.getitem

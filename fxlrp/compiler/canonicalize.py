@@ -1,0 +1,83 @@
+"""Canonicalise: different spellings of one step become one op before rules are assigned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from .activity import Dependence
+from .graphs import copy_graph, is_op, value
+from .patterns import Match, Miss, match_attention, match_norm, match_self_gate
+from .provenance import inherit
+
+
+@dataclass(frozen=True, eq=False)
+class Canonical:
+    """A canonical graph with what its patterns found.
+
+    Attributes:
+        graph: the graph.
+        hits: how often each pattern fired.
+        misses: what almost matched, and why it did not.
+    """
+
+    graph: fx.GraphModule
+    hits: dict[str, int]
+    misses: tuple[str, ...]
+
+
+def canonicalize(module: fx.GraphModule) -> Canonical:
+    """Replace norms, attention and hand-written activations by their canonical ops."""
+    new = copy_graph(module, "Canonical")
+    _strip(new.graph)
+    dependence = Dependence.of(new)
+    hits: dict[str, int] = {}
+    misses: list[str] = []
+    for node in list(new.graph.nodes):
+        if node.op != "call_function" or (not node.users and not is_op(node, "output")):
+            continue
+        found = match_norm(node) or match_self_gate(node) or match_attention(node, dependence.entangled)
+        if isinstance(found, Miss):
+            if dependence.sources_of(node):
+                misses.append(str(found))
+        elif isinstance(found, Match):
+            _replace(found)
+            hits[found.pattern] = hits.get(found.pattern, 0) + 1
+    new.graph.eliminate_dead_code()
+    new.graph.lint()
+    new.recompile()
+    return Canonical(new, hits, tuple(misses))
+
+
+def _strip(graph: fx.Graph) -> None:
+    """Take out what does nothing: casts to the same dtype, slices of everything, dropout that is switched off."""
+    for node in list(graph.nodes):
+        if _does_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _does_nothing(node: fx.Node) -> bool:
+    operand = value(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+    result = value(node)
+    if not (isinstance(operand, Tensor) and isinstance(result, Tensor)):
+        return False
+    if is_op(node, "to", "to_copy", "type_as", "float"):
+        return operand.dtype is result.dtype and operand.device == result.device
+    if is_op(node, "dropout", "feature_dropout", "alpha_dropout"):
+        return True  # active dropout was refused at capture
+    if is_op(node, "slice"):
+        start, stop, step = (*node.args[2:5], *(None, None, None)[len(node.args) - 2:])[:3]
+        return start in (None, 0) and step in (None, 1) and isinstance(stop, (int, type(None))) and (
+            stop is None or stop >= 2**62)
+    return is_op(node, "alias", "view_as") and list(map(str, operand.shape)) == list(map(str, result.shape))
+
+
+def _replace(match: Match) -> None:
+    graph = match.node.graph
+    with graph.inserting_before(match.node):
+        node = graph.call_function(match.op, match.args, match.kwargs)
+    inherit(node, match.node, f"canonicalize: {match.pattern}")
+    match.node.replace_all_uses_with(node)
+    graph.erase_node(match.node)

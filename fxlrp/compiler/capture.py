@@ -1,0 +1,302 @@
+"""Capture: model and inputs to one functional ATen graph that shares the model's weights.
+
+The ladder: ``torch.export`` with dynamic sizes, ``torch.export`` for these sizes, a ``make_fx`` trace of this very
+input. Each step must reproduce the model's own output on the inputs at hand, else the next one is tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..errors import CaptureError, InputError, StochasticModelError, place
+from .functional import functionalize, rewrite
+from .inputs import Bound, ambient_autocast
+from .outputs import Outputs, flatten_output
+from .provenance import module_path, source_line
+from .shapes import Shapes
+
+DYNAMIC, STATIC, TRACE = "dynamic export", "static export", "trace of this input"
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A captured model.
+
+    Attributes:
+        graph: placeholders are the input tensors by name, ``get_attr`` nodes the model's own weights, the output a
+            flat tuple of the model's output tensors; purely functional ATen.
+        outputs: how the model's output is rebuilt from that tuple.
+        shapes: for which input sizes the graph is valid.
+        method: the step of the ladder that captured it.
+        notes: what a report should say about it.
+    """
+
+    graph: fx.GraphModule
+    outputs: Outputs
+    shapes: Shapes
+    method: str
+    notes: tuple[str, ...]
+
+
+def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True) -> Captured:
+    """Capture the model as it runs on these inputs.
+
+    Raises:
+        InputError: the model itself fails on these inputs.
+        StochasticModelError: dropout is active.
+        CaptureError: no step of the ladder reproduces the model.
+    """
+    _refuse_dropout(model)
+    expected = run_model(model, bound)
+    reasons: list[str] = []
+    steps: list[tuple[str, Callable[[], Captured]]] = [
+        (DYNAMIC, lambda: _export(model, bound, dynamic=True)),
+        (STATIC, lambda: _export(model, bound, dynamic=False)),
+        (TRACE, lambda: _trace(model, bound)),
+    ]
+    for method, step in steps if dynamic else steps[1:]:
+        try:
+            with _quiet():
+                captured = step()
+        except StochasticModelError:
+            raise
+        except Exception as error:  # whatever the tracer raises, the next step may still succeed
+            reasons.append(f"{method}: {_first_line(error)}")
+            continue
+        difference = compare(captured, bound, expected)
+        if difference is None:
+            return Captured(captured.graph, captured.outputs, captured.shapes, captured.method,
+                            (*captured.notes, *(f"not captured by {reason}" for reason in reasons)))
+        reasons.append(f"{method}: {difference}")
+    raise CaptureError(
+        f"{type(model).__name__} could not be captured as a graph:\n  " + "\n  ".join(reasons)
+        + "\nIf the model draws random numbers or keeps state between calls, switch that off; else please report this.")
+
+
+def run_model(model: nn.Module, bound: Bound) -> tuple[Tensor, ...]:
+    """The model's own output tensors; buffers that a forward in train mode updates are given back as they were."""
+    args, kwargs = bound.rebuild(bound.tensors)
+    buffers = {name: b.clone() for name, b in model.named_buffers()} if model.training else {}
+    try:
+        with torch.no_grad():
+            result = torch.func.functional_call(model, buffers, args, kwargs) if buffers else model(*args, **kwargs)
+    except Exception as error:
+        dtypes = ", ".join(f"{name}: {t.dtype} {tuple(t.shape)}" for name, t in bound.by_name.items())
+        hint = ""
+        if "indices" in str(error) and any(t.is_floating_point() for t in bound.tensors):
+            hint = " A float tensor was given where the model looks up integer ids; embeddings go to another argument."
+        elif "dtype" in str(error):
+            hint = " Check the inputs' dtypes: ids are integers, pixels and embeddings have the weights' dtype."
+        raise InputError(
+            f"{type(model).__name__} itself fails on these inputs ({dtypes}): {_first_line(error)}.{hint}") from error
+    return flatten_output(result)[0]
+
+
+def compare(captured: Captured, bound: Bound, expected: tuple[Tensor, ...]) -> str | None:
+    """Why the captured graph does not reproduce the model's output, or None where it does."""
+    with torch.no_grad():
+        actual = captured.graph(*bound.tensors)
+    if len(actual) != len(expected):
+        return f"{len(actual)} output tensors instead of {len(expected)}"
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        if a.shape != e.shape:
+            return f"output {i} has shape {tuple(a.shape)} instead of {tuple(e.shape)}"
+        if not e.is_floating_point():
+            continue
+        tolerance = 1e3 * torch.finfo(e.dtype).eps
+        gap = (a.double() - e.double()).nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+        scale = e.double().nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+        if gap > tolerance * max(scale, 1e-30):
+            return f"output {i} differs from the model's own by {gap:.2g} (largest value {scale:.2g})"
+    return None
+
+
+class _Flat(nn.Module):
+    """The model as a function of its input tensors only, with its output as a flat tuple of tensors."""
+
+    def __init__(self, model: nn.Module, bound: Bound, found: list[Outputs]) -> None:
+        super().__init__()
+        self.model = model
+        self.bound = bound
+        self.found = found
+        self.autocast = ambient_autocast(model)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = self.bound.rebuild(tensors)
+        region = torch.autocast(self.autocast[0], self.autocast[1]) if self.autocast else contextlib.nullcontext()
+        with region:
+            flat, outputs = flatten_output(self.model(*args, **kwargs))
+        self.found.append(outputs)
+        return flat
+
+
+def _export(model: nn.Module, bound: Bound, *, dynamic: bool) -> Captured:
+    found: list[Outputs] = []
+    tensors = bound.tensors
+    sizes: Any = None
+    if dynamic:
+        tensors = _widened(tensors)
+        auto = torch.export.Dim.AUTO
+        sizes = {"tensors": tuple({d: auto for d in _dynamic_dims(t)} for t in tensors)}
+    with torch.enable_grad(), _without_autocast(model):
+        program = torch.export.export(_Flat(model, bound, found), tensors, dynamic_shapes=sizes, strict=False)
+    _refuse_random(program.graph_module)
+    program = functionalize(program)
+    graph = _unlift(program, bound.names)
+    placeholders = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    return Captured(graph, found[-1], Shapes.of(placeholders), DYNAMIC if dynamic else STATIC, ())
+
+
+def _trace(model: nn.Module, bound: Bound) -> Captured:
+    """The model as it runs on this very input: branches on data are taken as they fall, then exported as usual."""
+    found: list[Outputs] = []
+    with torch.enable_grad(), _without_autocast(model):
+        traced = make_fx(_Flat(model, bound, found), tracing_mode="real", pre_dispatch=True,
+                         _error_on_data_dependent_ops=False)(*bound.tensors)
+        _refuse_random(traced)
+        program = torch.export.export(_Positional(traced), bound.tensors, strict=False)
+    graph = _unlift(functionalize(program), bound.names)
+    placeholders = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    return Captured(graph, found[-1], Shapes.of(placeholders), TRACE, (
+        "the model branches on its input's values: this graph is a trace of one input, others are traced anew",))
+
+
+class _Positional(nn.Module):
+    """A traced graph with its output as a flat tuple."""
+
+    def __init__(self, model: fx.GraphModule) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.model(*tensors))
+
+
+def _widened(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Inputs of a batch of one, twice: torch.export takes a size of 1 for a constant."""
+    if all(t.dim() > 0 and t.shape[0] == 1 for t in tensors):
+        return tuple(t.expand(2, *t.shape[1:]).contiguous() for t in tensors)
+    return tensors
+
+
+def _dynamic_dims(tensor: Tensor) -> tuple[int, ...]:
+    """Batch and sequence: the first two sizes of ids, masks and embeddings, all of a 4-d mask, the batch of images."""
+    if tensor.dtype is torch.bool and tensor.dim() == 4:
+        return (0, 2, 3)
+    return tuple(range(tensor.dim()))[: 1 if tensor.dim() > 3 or (tensor.is_floating_point() and tensor.dim() < 3) else 2]
+
+
+def _unlift(program: torch.export.ExportedProgram, names: tuple[str, ...]) -> fx.GraphModule:
+    """The program's graph with its weights as attributes: the model's own tensors, not copies."""
+    signature = program.graph_signature
+    attributes: dict[str, Any] = {}
+    tensors = {**program.constants, **program.state_dict}
+    lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
+              **signature.inputs_to_lifted_tensor_constants, **signature.inputs_to_lifted_custom_objs}
+    mutated = len(signature.buffers_to_mutate) + len(signature.user_inputs_to_mutate)
+    graph, env = fx.Graph(), {}
+    inputs = iter(names)
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in lifted:
+            target = lifted[node.name].removeprefix("model.")
+            attributes[target] = tensors[lifted[node.name]]
+            env[node] = graph.get_attr(target)
+            env[node].meta = node.meta
+        elif node.op == "placeholder":
+            env[node] = graph.placeholder(identifier(next(inputs)))
+            env[node].meta = node.meta
+        elif node.op == "output":
+            # Buffers that the forward would update come first; the explanation leaves them alone.
+            graph.output(tuple(env[out] for out in node.args[0][mutated:]))
+        elif node.op == "get_attr":
+            attributes[node.target] = _attribute(program.graph_module, node.target)
+            env[node] = graph.node_copy(node, env.__getitem__)
+        elif _is_assertion(node):
+            continue
+        else:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    rewrite(graph, program.graph_module)
+    graph.eliminate_dead_code()
+    used = {node.target for node in graph.nodes if node.op == "get_attr"}
+    module = fx.GraphModule({k: v for k, v in attributes.items() if k in used}, graph, "Captured")
+    module.recompile()
+    return module
+
+
+def identifier(name: str) -> str:
+    """An input's name as a Python identifier."""
+    return name.replace(".", "_")
+
+
+def _attribute(root: nn.Module, target: str) -> Any:
+    value: Any = root
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    name = str(node.target)
+    return node.op == "call_function" and any(
+        part in name for part in ("_assert", "sym_constrain", "_guards_fn", "profiler._record", "_check"))
+
+
+def _refuse_dropout(model: nn.Module) -> None:
+    active = [name for name, m in model.named_modules()
+              if isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0]
+    if active:
+        raise StochasticModelError(
+            f"Dropout is active in {len(active)} modules (first: '{active[0]}'), so the model's output is random. "
+            "Call model.eval() first.")
+
+
+def _refuse_random(graph: fx.GraphModule) -> None:
+    for module in graph.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            if node.op == "call_function" and _draws(node):
+                raise StochasticModelError(
+                    f"'{node.name}' ({node.target}) draws random numbers in "
+                    f"{place(module_path(node), source_line(node))}. Call model.eval() first, or switch it off.")
+
+
+def _draws(node: fx.Node) -> bool:
+    name = str(node.target)
+    if "dropout" in name:
+        return len(node.args) > 2 and bool(node.args[1]) and bool(node.args[2])
+    if "scaled_dot_product_attention" in name:
+        rate = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return bool(rate)
+    if any(word in name for word in ("rrelu",)):
+        return bool(node.args[3]) if len(node.args) > 3 else False
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags
+
+
+@contextlib.contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """Outside the caller's autocast region: it is entered inside the trace, so that the casts are recorded."""
+    ambient = ambient_autocast(model)
+    with torch.autocast(ambient[0], enabled=False) if ambient else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+
+

@@ -1,0 +1,120 @@
+"""A call's inputs by name: what the model's own signature calls them, and what tells one traced program from another."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """The inputs of one call, bound to the model's signature.
+
+    Attributes:
+        names: one name per tensor, as the model's signature calls it (``input_ids``; ``batch.0`` inside containers).
+        tensors: the tensor inputs, contiguous, in the order of the names.
+        key: what a traced program is specialised on besides shapes: names, dtypes, devices, all other values.
+    """
+
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    key: tuple[Any, ...]
+    _leaves: tuple[Any, ...]
+    _spec: Any
+
+    def rebuild(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's ``(args, kwargs)`` with other tensors in place of its own."""
+        replacement = iter(tensors)
+        leaves = [next(replacement) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        return args, kwargs
+
+    @property
+    def by_name(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return dict(zip(self.names, self.tensors, strict=True))
+
+
+def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Bound:
+    """Bind a call's arguments to the signature of ``model.forward``.
+
+    Raises:
+        InputError: the arguments do not fit the signature, or there is no tensor among them.
+    """
+    paths, spec = pytree.tree_flatten_with_path((args, dict(kwargs)))
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"These arguments do not fit {type(model).__name__}.forward: {error}.") from error
+    leaves = tuple(leaf for _, leaf in paths)
+    names = tuple(_name(path, parameters) for path, leaf in paths if isinstance(leaf, Tensor))
+    tensors = tuple(leaf.contiguous() for leaf in leaves if isinstance(leaf, Tensor))
+    if not tensors:
+        raise InputError("No tensor among the inputs. Call the explainer as the model itself: explainer(input_ids, …).")
+    constants = tuple(_constant(leaf) for leaf in leaves)
+    signature = tuple((t.dtype, t.device, t.dim()) for t in tensors)
+    return Bound(names, tensors, (names, signature, constants, str(spec)), leaves, spec)
+
+
+def check(bound: Bound, model: nn.Module) -> None:
+    """Refuse inputs that cannot be explained.
+
+    Raises:
+        InputError: an empty batch, an input on another device than the weights.
+    """
+    for name, tensor in bound.by_name.items():
+        if 0 in tensor.shape:
+            raise InputError(f"Input '{name}' of shape {tuple(tensor.shape)} is empty: there is nothing to explain.")
+    weights = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
+    for name, tensor in bound.by_name.items():
+        if weights and tensor.device not in weights:
+            raise InputError(
+                f"Input '{name}' is on {tensor.device}, the model's weights are on "
+                f"{', '.join(sorted(map(str, weights)))}. Move it there: {name}.to('{sorted(map(str, weights))[0]}').")
+
+
+def fingerprint(model: nn.Module) -> tuple[Any, ...]:
+    """What must not change for a traced program to stay valid: the parameters' identity, dtype and device, and modes."""
+    return (
+        tuple((id(p), p.dtype, p.device) for p in model.parameters()),
+        tuple((id(b), b.dtype, b.device) for b in model.buffers()),
+        tuple(m.training for m in model.modules()),
+        ambient_autocast(model),
+    )
+
+
+def ambient_autocast(model: nn.Module) -> tuple[str, torch.dtype] | None:
+    """The autocast region around the call, as (device type, dtype), or None."""
+    for device_type in sorted({p.device.type for p in model.parameters()}):
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
+            return device_type, torch.get_autocast_dtype(device_type)
+    return None
+
+
+def _name(path: tuple[Any, ...], parameters: list[inspect.Parameter]) -> str:
+    outer, first, *rest = path
+    if isinstance(outer, pytree.SequenceKey) and outer.idx == 0:  # positional: named by the signature
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        head = positional[first.idx].name if first.idx < len(positional) else f"args.{first.idx}"
+    else:
+        head = str(first.key)
+    return ".".join([head, *(str(getattr(key, "key", getattr(key, "idx", key))) for key in rest)])
+
+
+def _constant(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return Tensor
+    try:
+        hash(leaf)
+    except TypeError:
+        return id(leaf)
+    return type(leaf), leaf

@@ -1,0 +1,169 @@
+"""The ledger: where the relevance went. Inputs + absorbed = the explained scalar, per sample.
+
+For every rule node what came in and did not go on is booked by cause, each from its own formula and not as the
+difference that would make the sum right: a rule that loses relevance shows as a residual. Only first-order Taylor
+steps, whose remainder has no other formula, are booked by difference.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..rules.base import Linearization, dot
+from .activity import Source
+from .graphs import leaves, outputs
+from .provenance import module_path
+from .rewrite import RuleOp, is_rule
+from .seed import Seed
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one node absorbed for one cause.
+
+    Attributes:
+        node: the node's name in the rule graph.
+        module: path of its module.
+        cause: ``bias``, ``epsilon``, ``frozen``, ``constant``, ``remainder`` or ``target``.
+        amount: relevance ``[batch]``, float64.
+    """
+
+    node: str
+    module: str
+    cause: str
+    amount: Tensor
+
+
+@dataclass(frozen=True)
+class Account:
+    """A ledger's figures: the explained scalars ``[batch]``, relevance by input name ``[batch]`` each, and entries."""
+
+    value: Tensor
+    inputs: Mapping[str, Tensor]
+    entries: tuple[Entry, ...]
+
+
+def account(module: fx.GraphModule, sources: Sequence[Source], seed: Seed, inputs: Sequence[Tensor],
+            operands: Sequence[Tensor]) -> Account:
+    """Run the rule graph once and pull each sample's scalar back by itself, booking at every node.
+
+    One backward pass per sample: the sum over everything then is that sample's, whatever became of the batch
+    dimension inside the model.
+    """
+    graph = module.graph
+    values, steps = _forward(module, inputs)
+    read = [values[n] for n in seed.reads(outputs(graph))]
+    score, *gradients = seed.joint(*read, *operands)
+    entries: dict[tuple[str, str, str], list[Tensor]] = {}
+    totals: dict[str, list[Tensor]] = {s.input.target: [] for s in sources}
+    batch = score.shape[0]
+    for sample in range(batch):
+        seeds = _one(seed, read, operands, sample)
+        arrived = sum((dot(z, g) for z, g in zip(read, seeds, strict=True) if g is not None),
+                      start=torch.zeros((), dtype=torch.float64))
+        _book(entries, ("target", "", "target"), score[sample].double().cpu() - arrived.cpu(), sample)
+        cotangents: dict[fx.Node, Any] = {}
+        for node, g in zip(seed.reads(outputs(graph)), seeds, strict=True):
+            if g is not None:
+                _accumulate(cotangents, node, g)
+        _pull(graph, values, steps, cotangents, entries, sample)
+        for source in sources:
+            g = cotangents.get(source.node)
+            amount = dot(values[source.node], g).cpu() if g is not None else torch.zeros((), dtype=torch.float64)
+            found = totals[source.input.target]
+            if len(found) <= sample:
+                found.append(amount)
+            else:
+                found[sample] = found[sample] + amount
+    rows = tuple(Entry(node, path, cause, torch.stack(_padded(amounts, batch)))
+                 for (node, path, cause), amounts in entries.items())
+    return Account(score.double().cpu(), {name: torch.stack(found) for name, found in totals.items()},
+                   tuple(row for row in rows if bool((row.amount != 0).any())))
+
+
+def _forward(module: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[dict[fx.Node, Any], dict[fx.Node, Linearization]]:
+    values: dict[fx.Node, Any] = {}
+    steps: dict[fx.Node, Linearization] = {}
+    given = iter(inputs)
+    for node in module.graph.nodes:
+        if node.op == "output":
+            continue
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+        if node.op == "placeholder":
+            values[node] = next(given)
+        elif node.op == "get_attr":
+            value: Any = module
+            for part in node.target.split("."):
+                value = getattr(value, part)
+            values[node] = value.detach() if isinstance(value, Tensor) else value
+        elif is_rule(node):
+            steps[node] = node.target.rule.linearize(node.target.bind(args, kwargs))
+            values[node] = steps[node].output
+        else:
+            with torch.no_grad():
+                values[node] = node.target(*args, **kwargs)
+    return values, steps
+
+
+def _pull(graph: fx.Graph, values: dict[fx.Node, Any], steps: dict[fx.Node, Linearization],
+          cotangents: dict[fx.Node, Any], entries: dict[Any, list[Tensor]], sample: int) -> None:
+    for node in reversed(graph.nodes):
+        if node not in steps or node not in cotangents:
+            continue
+        target: RuleOp = node.target
+        cotangent = _as_tree(values[node], cotangents[node])
+        coefficients = steps[node].pullback(cotangent)
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+        call = target.bind(args, kwargs)
+        with torch.no_grad():
+            booked = target.rule.absorbed(call, values[node], cotangent, coefficients)
+        for cause, amount in booked.items():
+            _book(entries, (node.name, module_path(node), cause), amount.cpu(), sample)
+        operands = leaves(node)
+        for i, g in zip(target.active, coefficients, strict=True):
+            if g is not None:
+                _accumulate(cotangents, operands[i], g)
+
+
+def _accumulate(cotangents: dict[fx.Node, Any], node: fx.Node, g: Tensor) -> None:
+    if node.target is operator.getitem:
+        parent, index = node.args
+        slots = cotangents.setdefault(parent, {})
+        slots[index] = slots[index] + g if index in slots else g
+    else:
+        cotangents[node] = cotangents[node] + g if node in cotangents else g
+
+
+def _as_tree(output: Any, cotangent: Any) -> Any:
+    """The coefficients of a multi-output op in the shape of its output, None where none arrived."""
+    if not isinstance(cotangent, dict):
+        return cotangent
+    return type(output)(cotangent.get(i) for i in range(len(output)))
+
+
+def _one(seed: Seed, read: Sequence[Tensor], operands: Sequence[Tensor], sample: int) -> list[Tensor | None]:
+    """The seed's gradient for one sample alone."""
+    inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in read]
+    with torch.enable_grad():
+        score = seed.score(inputs, operands)[sample]
+    floats = [x for x in inputs if x.requires_grad]
+    gradients = iter(torch.autograd.grad(score, floats, allow_unused=True) if score.requires_grad
+                     else [None] * len(floats))
+    return [next(gradients) if x.requires_grad else None for x in inputs]
+
+
+def _book(entries: dict[Any, list[Tensor]], key: Any, amount: Tensor, sample: int) -> None:
+    found = entries.setdefault(key, [])
+    found.extend([torch.zeros((), dtype=torch.float64)] * (sample - len(found)))
+    found.append(amount)
+
+
+def _padded(amounts: list[Tensor], batch: int) -> list[Tensor]:
+    return amounts + [torch.zeros((), dtype=torch.float64)] * (batch - len(amounts))
+

@@ -1,0 +1,8 @@
+"""Patterns that bring different spellings of one step to one op, a pattern a file."""
+
+from .attention import match_attention
+from .match import Match, Miss
+from .norm import match_norm
+from .self_gate import match_self_gate
+
+__all__ = ["Match", "Miss", "match_attention", "match_norm", "match_self_gate"]

@@ -1,0 +1,70 @@
+"""The pipeline: one linear function, a named stage a line; each takes a value and returns a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..rules import Composite
+from .activity import explained
+from .assign import assign
+from .canonicalize import Canonical
+from .demand import demand_rows
+from .graphs import outputs
+from .plan import Plan
+from .rewrite import rewrite
+from .seed import Seed
+from .transpose import Relevance, transpose
+from .verify import verify_relevance, verify_rules
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a sequence output the target reads.
+
+    Attributes:
+        output: which of the graph's outputs.
+        positions: name of the input or padding mask that positions come from; None for the last position.
+        given: whether positions are an input of their own.
+    """
+
+    output: int
+    positions: str | None
+    given: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A compiled explanation of one model for one kind of target.
+
+    Attributes:
+        plan: which node has which rule.
+        rule_graph: the forward with rule nodes; it returns what the seed reads.
+        relevance: the relevance graph.
+        seed: the explained scalar.
+    """
+
+    plan: Plan
+    rule_graph: fx.GraphModule
+    relevance: Relevance
+    seed: Seed
+
+
+def build(canonical: Canonical, composite: Composite, seed: Seed, rows: Rows | None, *, strict: bool,
+          latents: Mapping[str, str] | None = None, notes: tuple[str, ...] = ()) -> Program:
+    """From a canonical graph to its relevance graph."""
+    graph = canonical.graph
+    if rows is not None:
+        graph = demand_rows(graph, rows.output, rows.positions, given=rows.given,
+                            whole=(latents or {}).values())
+    targets = seed.reads(outputs(graph.graph))
+    sources = explained(graph, targets)
+    plan = assign(graph, sources, targets, composite, strict=strict)
+    rule_graph = verify_rules(rewrite(graph, plan), plan)
+    nodes = {node.name: node for node in rule_graph.graph.nodes}
+    moved = [s.moved(nodes) for s in plan.sources]
+    relevance = transpose(rule_graph, moved, seed, latents=dict(latents or {}))
+    verify_relevance(relevance.graph)
+    return Program(Plan(plan.rows, tuple(moved), (*notes, *canonical.misses)), rule_graph, relevance, seed)

@@ -1,0 +1,128 @@
+"""Templates: the pullback of one node as a small ATen graph, traced once per distinct node and inlined where it occurs.
+
+A deep model repeats the same few nodes in every layer. Tracing each distinct one once and copying its graph makes the
+relevance graph of 32 layers cost little more than that of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+#: Ops that cost nothing at run time, so that a backward may repeat them instead of keeping the forward's.
+_FREE = frozenset("""view reshape _unsafe_view unsqueeze squeeze transpose permute t expand detach alias slice select
+    sym_size mul add sub floordiv getitem scalar_tensor""".split())
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """A traced function of tensors: its graph, inputs and flat outputs."""
+
+    graph: fx.Graph
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[Any, ...]
+
+    def inline(self, into: fx.Graph, operands: Sequence[Any], wanted: Sequence[int],
+               known: dict[fx.Node, Any] | None = None) -> list[Any]:
+        """Copy what some of the outputs need into a graph.
+
+        Args:
+            into: the graph under construction.
+            operands: what stands for each input.
+            wanted: which outputs.
+            known: nodes of the template that the graph already has; what is copied is added to it.
+
+        Returns:
+            What stands for the wanted outputs.
+        """
+        env = {} if known is None else known
+        env.update(zip(self.inputs, operands, strict=True))
+        roots = [self.outputs[i] for i in wanted]
+        needed = ancestors([r for r in roots if isinstance(r, fx.Node)], set(env))
+        for node in self.graph.nodes:
+            if node in needed and node not in env:
+                env[node] = into.node_copy(node, env.__getitem__)
+                env[node].meta = dict(node.meta)
+        return [env[r] if isinstance(r, fx.Node) else r for r in roots]
+
+    def saves(self, outputs: Sequence[int], later: Sequence[int]) -> bool:
+        """Whether later outputs need values that earlier ones compute on the way and that are not free to repeat."""
+        first = [self.outputs[i] for i in outputs]
+        forward = ancestors([n for n in first if isinstance(n, fx.Node)], set(self.inputs))
+        ends = set(self.inputs) | set(first)
+        backward = ancestors([self.outputs[i] for i in later if isinstance(self.outputs[i], fx.Node)], ends)
+        return any(node in forward and not _is_free(node) for node in backward - ends)
+
+
+def ancestors(roots: Sequence[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
+    """Roots and all that they are computed of, not going beyond the nodes in ``stop``."""
+    found: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            if node not in stop:
+                stack.extend(node.all_input_nodes)
+    return found
+
+
+def _is_free(node: fx.Node) -> bool:
+    target = node.target
+    packet = getattr(target, "overloadpacket", None)
+    if packet is None:
+        return getattr(target, "__name__", "") in _FREE
+    value = node.meta.get("val")
+    return packet.__name__ in _FREE and (packet.__name__ not in ("mul", "add", "sub") or not isinstance(value, Tensor))
+
+
+def trace(function: Callable[..., Sequence[Any]], values: Sequence[Any]) -> Template:
+    """Trace a function on fake tensors and symbolic sizes; below autograd, so its vector-Jacobian products are ops."""
+    with torch.no_grad():
+        # New tensor objects, since tracing tells operands apart by identity and one may be given twice.
+        module = make_fx(function)(*(v.detach() if isinstance(v, Tensor) else v for v in values))
+    graph = module.graph
+    attributes = [n for n in graph.nodes if n.op == "get_attr"]
+    if attributes:
+        raise AssertionError(f"a template closes over {attributes}: everything that it reads must be an operand")
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    output = next(n for n in graph.nodes if n.op == "output")
+    flat = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
+    return Template(graph, tuple(n for n in graph.nodes if n.op == "placeholder"), tuple(flat))
+
+
+@dataclass(eq=False)
+class Templates:
+    """Templates by what they were traced for."""
+
+    mode: Any
+    _known: dict[Any, Template] = field(default_factory=dict)
+
+    def get(self, key: Any, function: Callable[..., Sequence[Any]], values: Sequence[Any]) -> Template:
+        """The template of a function at values like these; ``key`` stands for the function."""
+        full = (key, tuple(describe(v) for v in values))
+        if full not in self._known:
+            with self.mode:
+                self._known[full] = trace(function, values)
+        return self._known[full]
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+def describe(value: Any) -> Any:
+    """What a template depends on in one operand: dtype, device, sizes and strides of a tensor, a symbol, a constant."""
+    if isinstance(value, Tensor):
+        return (value.dtype, value.device, tuple(map(str, value.shape)),
+                tuple(map(str, value.stride())) if value.layout is torch.strided else None)
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return str(value)
+    return type(value), value

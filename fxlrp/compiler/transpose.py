@@ -1,0 +1,288 @@
+"""Transpose: rule graph + target -> relevance graph: inputs in, relevance out, one fx graph without autograd."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from ..errors import GraphError
+from ..rules import Structural
+from ..rules.base import Call
+from .activity import Source
+from .cleanup import clean
+from .graphs import fake_mode, outputs, tree, value
+from .rewrite import RuleOp, is_rule
+from .seed import Seed
+from .template import Templates
+
+
+@dataclass(frozen=True, eq=False)
+class Relevance:
+    """A relevance graph with the order of what it returns.
+
+    The graph returns ``(relevance, value, coefficients, latents)``: relevance and coefficients as tuples in the order
+    of ``names``, the explained scalars ``[batch]``, and pairs of relevance and coefficient in the order of ``latents``.
+    """
+
+    graph: fx.GraphModule
+    names: tuple[str, ...]
+    latents: tuple[str, ...]
+
+
+def transpose(module: fx.GraphModule, sources: Sequence[Source], seed: Seed, *,
+              latents: dict[str, str] | None = None) -> Relevance:
+    """Differentiate the rule graph into its relevance graph.
+
+    Args:
+        module: the rule graph.
+        sources: where the explained inputs enter.
+        seed: the explained scalar as a function of the graph's outputs.
+        latents: names to report by, and the nodes whose relevance is returned too.
+    """
+    return _Transposition(module, tuple(sources), seed, dict(latents or {})).run()
+
+
+@dataclass(eq=False)
+class _Transposition:
+    """One run of :func:`transpose`: the graph under construction and what stands for each node's value and coefficient."""
+
+    module: fx.GraphModule
+    sources: tuple[Source, ...]
+    seed: Seed
+    latents: dict[str, str]
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    cotangents: dict[fx.Node, Any] = field(default_factory=dict)
+    pending: dict[fx.Node, Any] = field(default_factory=dict)
+
+    def run(self) -> Relevance:
+        self.templates = Templates(fake_mode(self.module.graph))
+        nodes = [n for n in self.module.graph.nodes if n.op != "output"]
+        for node in nodes:
+            self._forward(node)
+        scalar, seeds = self._seed()
+        for node, coefficient in seeds:
+            self._accumulate(node, coefficient)
+        kept: dict[fx.Node, Any] = {}
+        wanted = {s.node for s in self.sources} | {n for n in nodes if n.name in self.latents.values()}
+        for node in reversed(nodes):
+            if node in wanted and node in self.cotangents:
+                kept[node] = self.cotangents[node]
+            if node in self.cotangents and is_rule(node):
+                self._backward(node)
+        by_input = self._relevance(kept)
+        by_name = {node.name: node for node in nodes}
+        latents = tuple(
+            (self._call("relevance", operator.mul, by_name[at], kept[by_name[at]]), kept[by_name[at]])
+            for at in self.latents.values() if by_name[at] in kept)
+        relevance = tuple(r for r, _ in by_input.values())
+        self.graph.output((relevance, scalar, tuple(c for _, c in by_input.values()), latents))
+        graph = clean(self.module, self.graph)
+        return Relevance(graph, tuple(by_input), tuple(n for n, at in self.latents.items() if by_name[at] in kept))
+
+    # -- forward ------------------------------------------------------------------------------------------------
+
+    def _forward(self, node: fx.Node) -> None:
+        """Copy a node; where its pullback needs more than its operands and output, copy its template's forward."""
+        if is_rule(node):
+            template, flat, outs = self._template(node)
+            later = [i for i in range(len(template.outputs)) if i >= outs]
+            if template.saves(range(outs), later):
+                known: dict[fx.Node, Any] = {}
+                results = template.inline(self.graph, [*self._operands(flat), *[None] * self._seeds(node)],
+                                          range(outs), known)
+                self._mark(known.values(), node, "")
+                self.pending[node] = known
+                self.values[node] = results[0] if isinstance(value(node), Tensor) else tuple(results)
+                return
+        copied = self.graph.node_copy(node, self._value)
+        if is_rule(node):
+            copied.target = node.target.op
+        copied.meta = dict(node.meta)
+        self.values[node] = copied
+
+    def _value(self, node: fx.Node) -> Any:
+        return self.values[node]
+
+    def _operands(self, flat: Sequence[Any]) -> list[Any]:
+        return [self.values[x] if isinstance(x, fx.Node) else x for x in flat]
+
+    # -- backward -----------------------------------------------------------------------------------------------
+
+    def _template(self, node: fx.Node) -> tuple[Any, list[fx.Node], int]:
+        """The joint template of a rule node (outputs first, then coefficients), its operand nodes, and the number of
+        outputs."""
+        rule_op: RuleOp = node.target
+        flat, spec = tree(node)
+        operands = [x for x in flat if isinstance(x, fx.Node)]
+        constants = tuple(None if isinstance(x, fx.Node) else x for x in flat)
+        result_leaves, result_spec = pytree.tree_flatten(value(node))
+        present = tuple(isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex()) for v in result_leaves)
+
+        def joint(*arguments: Any) -> tuple[Any, ...]:
+            given, seeds = iter(arguments[: len(operands)]), iter(arguments[len(operands):])
+            leaves = [next(given) if isinstance(x, fx.Node) else x for x in flat]
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            step = rule_op.rule.linearize(Call(rule_op.op, args, kwargs, rule_op.active))
+            cotangent = pytree.tree_unflatten([next(seeds) if p else None for p in present], result_spec)
+            coefficients = step.pullback(cotangent)
+            return (*pytree.tree_leaves(step.output), *coefficients)
+
+        with self.templates.mode:
+            seeds = [torch.empty_like(v) for v, p in zip(result_leaves, present, strict=True) if p]
+        key = (rule_op, str(spec), tuple((type(c), str(c)) for c in constants))
+        template = self.templates.get(key, joint, [*(value(x) for x in operands), *seeds])
+        return template, operands, len(result_leaves)
+
+    def _seeds(self, node: fx.Node) -> int:
+        return sum(isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())
+                   for v in pytree.tree_leaves(value(node)))
+
+    def _backward(self, node: fx.Node) -> None:
+        template, operands, outs = self._template(node)
+        known = self.pending.pop(node, None)
+        if known is None:
+            known = {}
+            forward = self.values[node]
+            if isinstance(value(node), Tensor) and isinstance(template.outputs[0], fx.Node):
+                known[template.outputs[0]] = forward
+        seeds = self._cotangent_leaves(node)
+        before = set(known)
+        flat, _ = tree(node)
+        wanted = [outs + i for i in range(len(node.target.active))]
+        results = template.inline(self.graph, [*self._operands(operands), *seeds], wanted, known)
+        self._mark([n for k, n in known.items() if k not in before], node, "relevance of ")
+        for position, coefficient in zip(node.target.active, results, strict=True):
+            if coefficient is not None:
+                self._accumulate(flat[position], coefficient)
+
+    def _cotangent_leaves(self, node: fx.Node) -> list[Any]:
+        """The coefficients of a node's floating point outputs; zeros where none arrived at one of several."""
+        cotangent = self.cotangents[node]
+        if not isinstance(cotangent, dict):
+            return [cotangent]
+        found = []
+        for i, leaf in enumerate(pytree.tree_leaves(value(node))):
+            if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+                if i not in cotangent:
+                    output = self.graph.call_function(operator.getitem, (self.values[node], i)) if not isinstance(
+                        self.values[node], tuple) else self.values[node][i]
+                    cotangent[i] = self.graph.call_function(torch.ops.aten.zeros_like.default, (output,))
+                found.append(cotangent[i])
+        return found
+
+    def _accumulate(self, node: fx.Node, coefficient: Any) -> None:
+        """Add to a node's coefficient; an element of a tuple to its place in the tuple's."""
+        if node.op == "call_function" and node.target is operator.getitem:
+            parent, index = node.args
+            slots = self.cotangents.setdefault(parent, {})
+            slots[index] = self._sum(slots.get(index), coefficient)
+        else:
+            self.cotangents[node] = self._sum(self.cotangents.get(node), coefficient)
+
+    def _sum(self, first: Any, second: Any) -> Any:
+        if first is None:
+            return second
+        return self.graph.call_function(torch.ops.aten.add.Tensor, (first, second))
+
+    def _mark(self, made: Any, node: fx.Node, prefix: str) -> None:
+        for new in made:
+            if isinstance(new, fx.Node) and new.op == "call_function" and "relevance_of" not in new.meta:
+                new.meta.update({k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta})
+                if prefix:
+                    new.meta["relevance_of"] = node.name
+
+    # -- ends ---------------------------------------------------------------------------------------------------
+
+    def _seed(self) -> tuple[Any, list[tuple[fx.Node, Any]]]:
+        nodes = self.seed.reads(outputs(self.module.graph))
+        extra = [self.graph.placeholder(name) for name in self.seed.operand_names]
+        first = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
+        for placeholder in extra:
+            if first is not None:
+                first.prepend(placeholder)
+        fakes = self.seed.operand_values(self.templates.mode)
+        template = self.templates.get(("seed", id(self.seed)), self.seed.joint, [*(value(n) for n in nodes), *fakes])
+        for placeholder, fake in zip(extra, fakes, strict=True):
+            placeholder.meta["val"] = fake
+        wanted = range(len(template.outputs))
+        scalar, *coefficients = template.inline(
+            self.graph, [*(self.values[n] for n in nodes), *extra], wanted)
+        return scalar, [(n, c) for n, c in zip(nodes, coefficients, strict=True) if c is not None]
+
+    def _relevance(self, kept: dict[fx.Node, Any]) -> dict[str, tuple[Any, Any]]:
+        """Relevance and coefficient of each explained input by name; several lookups of one input add up."""
+        found: dict[str, tuple[Any, Any]] = {}
+        for source in self.sources:
+            if source.node not in kept:
+                continue
+            name, coefficient = source.input.target, kept[source.node]
+            if not source.is_lookup:
+                relevance = self._call("relevance", operator.mul, source.node, coefficient)
+            else:
+                relevance = self._route(source, self._call("tokens", _token_relevance, source.node, coefficient))
+            if name in found:
+                relevance = self.graph.call_function(torch.ops.aten.add.Tensor, (found[name][0], relevance))
+                coefficient = found[name][1]
+            found[name] = (relevance, coefficient)
+        if not found:
+            raise GraphError("no relevance arrived at any source although the plan found a path")
+        return found
+
+    def _call(self, key: str, function: Any, node: fx.Node, coefficient: Any) -> Any:
+        """A function of a node's value and its coefficient."""
+        fake = value(node)
+        template = self.templates.get(key, lambda v, g: (function(v, g),), [fake, fake])
+        return template.inline(self.graph, [self.values[node], coefficient], [0])[0]
+
+    def _route(self, source: Source, relevance: Any) -> Any:
+        """Relevance of looked-up tokens back to the places that their ids have in the input."""
+        current = source.path[-1] if source.path else source.input
+        ids = source.node.args[1] if source.node.args[1] is current else current
+        relevance.meta.setdefault("val", value(ids))
+        for node in reversed(source.path):
+            previous = self._previous(source, node)
+            template = self._id_template(node, previous)
+            operands = [x for x in tree(node)[0] if isinstance(x, fx.Node)]
+            relevance = template.inline(self.graph, [*self._operands(operands), relevance], [0])[0]
+        return relevance
+
+    def _previous(self, source: Source, node: fx.Node) -> fx.Node:
+        index = source.path.index(node)
+        return source.path[index - 1] if index else source.input
+
+    def _id_template(self, node: fx.Node, previous: fx.Node) -> Any:
+        """The vector-Jacobian product of an integer step, taken as if ids were real numbers: it moves elements."""
+        flat, spec = tree(node)
+        operands = [x for x in flat if isinstance(x, fx.Node)]
+        dtype = next(value(s.node).dtype for s in self.sources if s.is_lookup)
+
+        def routed(*arguments: Any) -> tuple[Any, ...]:
+            given = iter(arguments[:-1])
+            leaves: list[Any] = []
+            position = 0
+            for x in flat:
+                leaf = next(given) if isinstance(x, fx.Node) else x
+                if x is previous:
+                    position = len(leaves)
+                    leaf = leaf.to(dtype)
+                elif isinstance(x, torch.dtype):
+                    leaf = dtype
+                leaves.append(leaf)
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            return Structural().linearize(Call(node.target, args, kwargs, (position,))).pullback(arguments[-1])
+
+        with self.templates.mode:
+            cotangent = torch.empty_like(value(node), dtype=dtype)
+        return self.templates.get(("ids", node.name), routed, [*(value(x) for x in operands), cotangent])
+
+
+def _token_relevance(embedding: Tensor, coefficient: Tensor) -> Tensor:
+    return (embedding * coefficient).sum(-1)
+

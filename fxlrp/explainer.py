@@ -1,0 +1,347 @@
+"""``lrp_compile``: a model goes in, an explainer comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .compiler.canonicalize import Canonical, canonicalize
+from .compiler.capture import TRACE, Captured, capture, compare, identifier, run_model
+from .compiler.graphs import outputs, value
+from .compiler.inputs import Bound, bind, check, fingerprint
+from .compiler.latents import find
+from .compiler.ledger import account
+from .compiler.lower import Runner, lower
+from .compiler.pipeline import Program, Rows, build
+from .compiler.plan import Plan
+from .compiler.seed import Seed, float_outputs
+from .compiler.verify import verify_functional
+from .errors import CaptureError, FxlrpError, InputError, NonFiniteError, TargetError, place
+from .compiler.provenance import module_path, source_line
+from .explanation import Explanation, one_or_many
+from .ledger import Ledger
+from .rules import Composite, as_composite
+from .targets import Function, Target, as_target, resolve
+
+#: Inputs that say which positions are padding, by the names that libraries use; for a decoder's output its own first.
+_MASKS = ("decoder_attention_mask", "attention_mask", "padding_mask", "mask")
+
+
+def lrp_compile(model: nn.Module, composite: str | Composite = "attnlrp", backend: str = "auto", dynamic: bool = True,
+                strict: bool = True, latents: tuple[str, ...] = ()) -> Explainer:
+    """Compile a model into its layer-wise relevance propagation.
+
+    Tracing happens at the first call, with that call's inputs. The model is left as it is: no patches, no hooks, no
+    copies of its weights.
+
+    Args:
+        model: any module that maps tensors to tensors.
+        composite: ``"attnlrp"``, ``"cp"``, ``"ali"``, ``"gradient"``, or a :class:`fxlrp.Composite`.
+        backend: ``"eager"``, ``"inductor"``, or ``"auto"``: inductor where there is a GPU, eager else (on a CPU,
+            compiling takes longer than many explanations do).
+        dynamic: trace once for all batch sizes and lengths; where that does not generalise, or on False, once a shape.
+        strict: refuse nonlinear ops without a rule; False takes a first-order Taylor step and says so in the plan.
+        latents: module paths (wildcards allowed) whose outputs' relevance is returned too.
+
+    Returns:
+        An explainer to call as the model itself, with ``target=`` on top.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"lrp_compile takes a torch.nn.Module, not {type(model).__name__}.")
+    if isinstance(latents, str):
+        latents = (latents,)
+    return Explainer(model, as_composite(composite), backend, dynamic, strict, tuple(latents))
+
+
+@dataclass(frozen=True, eq=False)
+class _Trace:
+    """A captured model and the inputs it is valid for."""
+
+    captured: Captured
+    canonical: Canonical
+    verified: set[tuple[bool, ...]]
+    values: tuple[Tensor, ...] | None
+
+    def admits(self, bound: Bound) -> bool:
+        """Whether the trace may be used for these inputs."""
+        if not self.captured.shapes.admit(bound.tensors):
+            return False
+        return self.values is None or all(map(torch.equal, self.values, bound.tensors))
+
+
+@dataclass(eq=False)
+class Explainer:
+    """Explains a model's outputs; made by :func:`lrp_compile`.
+
+    Call it as the model itself: ``explainer(*args, target=None, **kwargs)``.
+    """
+
+    model: nn.Module
+    composite: Composite
+    backend: str
+    dynamic: bool
+    strict: bool
+    latents: tuple[str, ...]
+    _traces: dict[Any, list[_Trace]] = field(default_factory=dict, repr=False)
+    _programs: dict[Any, tuple[Program, Runner]] = field(default_factory=dict, repr=False)
+    _last: tuple[Program, Runner] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        lower(None, self.backend, torch.device("cpu"))  # refuses an unknown backend now and not at the first call
+
+    def __call__(self, *args: Any, target: Any = None, **kwargs: Any) -> Explanation:
+        """Explain one call.
+
+        Args:
+            *args: the model's own.
+            target: what is explained: None for the predicted class (for a language model the predicted next token
+                after the last unpadded position), an int or a LongTensor ``[batch]`` of classes, a target object
+                (:class:`fxlrp.Logit`, :class:`fxlrp.LogitDifference`), or a function of the model's output.
+            **kwargs: the model's own.
+
+        Raises:
+            InputError, TargetError, CaptureError, UncoveredOpError, NoPathError, StochasticModelError,
+            NonFiniteError: see :mod:`fxlrp.errors`.
+        """
+        if torch.compiler.is_compiling():
+            return self._compiled(args, kwargs, target)
+        wanted = as_target(target)
+        bound = bind(self.model, args, kwargs)
+        check(bound, self.model)
+        trace = self._trace(bound)
+        operands = self._operands(trace, bound, wanted)
+        program, runner = self._program(trace, bound, wanted)
+        self._last = (program, runner)
+        relevance, scalar, coefficients, latents = runner(*bound.tensors, *operands)
+        self._refuse_nonfinite(bound, program, relevance, scalar)
+        names = tuple(self._names(bound)[n] for n in program.relevance.names)
+        return Explanation(
+            one_or_many(names, relevance), scalar, one_or_many(names, coefficients),
+            {name: r for name, (r, _) in zip(program.relevance.latents, latents, strict=True)},
+            lambda: self._run_model(bound),
+            lambda: Ledger.of(account(program.rule_graph, program.plan.sources, program.seed, bound.tensors, operands)))
+
+    # -- what a call has compiled -------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """Which node has which rule, and why; of the last call."""
+        return self._of_last_call()[0].plan
+
+    @property
+    def rule_graph(self) -> fx.GraphModule:
+        """The model's forward with rule nodes in place of ops; of the last call. Takes the model's tensor inputs."""
+        return self._of_last_call()[0].rule_graph
+
+    @property
+    def relevance_graph(self) -> fx.GraphModule:
+        """From the model's tensor inputs (and the target's indices) to ``(relevance, value, coefficients, latents)``."""
+        return self._of_last_call()[0].relevance.graph
+
+    def _of_last_call(self) -> tuple[Program, Runner]:
+        if self._last is None:
+            raise CaptureError("Nothing is compiled yet: tracing happens at the first call. Call the explainer once.")
+        return self._last
+
+    def __repr__(self) -> str:
+        state = f"{len(self._programs)} programs" if self._programs else "not traced yet"
+        return (f"<fxlrp.Explainer of {type(self.model).__name__}: {self.composite.title}, backend {self.backend}, "
+                f"{state}>")
+
+    # -- stages -------------------------------------------------------------------------------------------------
+
+    def _trace(self, bound: Bound) -> _Trace:
+        key = (bound.key, fingerprint(self.model))
+        traces = self._traces.setdefault(key, [])
+        for trace in traces:
+            if trace.admits(bound) and self._verified(trace, bound):
+                return trace
+        captured = capture(self.model, bound, dynamic=self.dynamic)
+        canonical = canonicalize(verify_functional(captured.graph))
+        difference = compare(Captured(canonical.graph, captured.outputs, captured.shapes, "", ()), bound,
+                             run_model(self.model, bound))
+        if difference is not None:
+            raise CaptureError(f"Canonicalisation changed the model: {difference}. This is a bug of fxlrp.")
+        values = tuple(t.clone() for t in bound.tensors) if captured.method == TRACE else None
+        trace = _Trace(captured, canonical, {_ones(bound)}, values)
+        traces.append(trace)
+        return trace
+
+    def _verified(self, trace: _Trace, bound: Bound) -> bool:
+        """A dynamic trace takes sizes for 2 or more; on the first inputs with other sizes of 1 it is compared with
+        the model."""
+        ones = _ones(bound)
+        if ones not in trace.verified:
+            if compare(trace.captured, bound, run_model(self.model, bound)) is not None:
+                return False
+            trace.verified.add(ones)
+        return True
+
+    def _program(self, trace: _Trace, bound: Bound, target: Target) -> tuple[Program, Runner]:
+        rows, seed = self._seed(trace, bound, target)
+        key = (id(trace), target.key, rows)
+        if key not in self._programs:
+            notes = (f"captured by {trace.captured.method}", *trace.captured.notes)
+            program = build(trace.canonical, self.composite, seed, rows, strict=self.strict,
+                            latents=self._latent_nodes(trace), notes=notes)
+            self._programs[key] = (program, lower(program.relevance.graph, self.backend, bound.tensors[0].device))
+        return self._programs[key]
+
+    def _seed(self, trace: _Trace, bound: Bound, target: Target) -> tuple[Rows | None, Seed]:
+        flat = outputs(trace.canonical.graph.graph)
+        if isinstance(target, Function):
+            indices = float_outputs(flat)
+            return None, Seed(_FunctionScore(target, trace.captured, indices), indices, (), None,
+                              bound.tensors[0].device)
+        index = self._logits(trace)
+        logits = value(flat[index])
+        names = tuple(f"target_{name}" for name in target.indices)
+        if logits.dim() == 3:
+            given = getattr(target, "position", None) is not None
+            mask = None if given else self._mask(trace, bound, index)
+            rows = Rows(index, "target_position" if given else mask, given)
+            return rows, Seed(_RowScore(target), (0,), names, logits.shape[0], logits.device)
+        return None, Seed(_ClassScore(target), (index,), names, logits.shape[0], logits.device)
+
+    def _logits(self, trace: _Trace) -> int:
+        index = trace.captured.outputs.logits()
+        if index is None:
+            raise TargetError(
+                f"The model returns {trace.captured.outputs.describe()}: no logits to explain. Say what to explain with "
+                "a function of the output: explainer(…, target=lambda output: output.…[:, 0]).")
+        logits = value(outputs(trace.canonical.graph.graph)[index])
+        if not logits.is_floating_point() or logits.dim() not in (1, 2, 3):
+            raise TargetError(
+                f"The output has shape {tuple(logits.shape)} and dtype {logits.dtype}; classes are read off "
+                "[batch, classes] or [batch, sequence, classes]. Say what to explain with a function of the output.")
+        return index
+
+    def _mask(self, trace: _Trace, bound: Bound, index: int) -> str | None:
+        """The padding mask that fits a sequence output, by name."""
+        shape = self._output_shape(trace, bound, index)
+        decodes = any(name.startswith("decoder_") for name in bound.names)
+        for name in _MASKS:
+            if name == "attention_mask" and decodes:
+                continue
+            tensor = bound.by_name.get(name)
+            if tensor is not None and tensor.shape == shape[:2]:
+                return identifier(name)
+        return None
+
+    def _operands(self, trace: _Trace, bound: Bound, target: Target) -> tuple[Tensor, ...]:
+        if isinstance(target, Function):
+            return ()
+        index = self._logits(trace)
+        shape = self._output_shape(trace, bound, index)
+        mask_name = self._mask(trace, bound, index) if len(shape) == 3 else None
+        by_identifier = {identifier(name): t for name, t in bound.by_name.items()}
+        found = resolve(target, shape if len(shape) > 1 else (*shape, 1), bound.tensors[0].device,
+                        None if mask_name is None else by_identifier[mask_name])
+        # The relevance graph takes positions, which choose rows, before the indices that are read off them.
+        return (found[-1], *found[:-1]) if getattr(target, "position", None) is not None else found
+
+    def _output_shape(self, trace: _Trace, bound: Bound, index: int) -> tuple[int, ...]:
+        fake = value(outputs(trace.canonical.graph.graph)[index])
+        return trace.captured.shapes.evaluate(fake.shape, bound.tensors)
+
+    def _names(self, bound: Bound) -> dict[str, str]:
+        return {identifier(name): name for name in bound.names}
+
+    def _latent_nodes(self, trace: _Trace) -> Mapping[str, str]:
+        return find(trace.canonical.graph, self.latents) if self.latents else {}
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Explanation:
+        """A call inside ``torch.compile``: the last call's relevance graph, inlined into the user's function."""
+        program, _ = self._of_last_call()
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        extra = [target] if isinstance(target, Tensor) else []
+        relevance, scalar, coefficients, _ = program.relevance.graph(*tensors, *extra)
+        names = program.relevance.names
+        return Explanation(one_or_many(names, relevance), scalar, one_or_many(names, coefficients))
+
+    def _run_model(self, bound: Bound) -> Any:
+        args, kwargs = bound.rebuild(bound.tensors)
+        with torch.no_grad():
+            return self.model(*args, **kwargs)
+
+    def _refuse_nonfinite(self, bound: Bound, program: Program, relevance: tuple[Tensor, ...], scalar: Tensor) -> None:
+        total = sum((r.detach().abs().sum().float() for r in relevance), start=scalar.detach().abs().sum().float())
+        if bool(torch.isfinite(total)):
+            return
+        for name, tensor in bound.by_name.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(f"Input '{name}' contains NaN or infinity.")
+        if bool(torch.isfinite(scalar).all()):
+            raise NonFiniteError(
+                "The explained value is finite but relevance is not: a coefficient overflowed, as half precision and "
+                "rules that are not conservative can do. Explain in bfloat16 or float32, or use composite='cp'.")
+        raise NonFiniteError(f"The model's output is NaN or infinite on this input{_first_nonfinite(program, bound)}.")
+
+
+def _first_nonfinite(program: Program, bound: Bound) -> str:
+    class Finder(fx.Interpreter):
+        found: fx.Node | None = None
+
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if (self.found is None and n.op == "call_function" and isinstance(result, Tensor)
+                    and result.is_floating_point() and n in program_nodes and not bool(torch.isfinite(result).all())):
+                self.found = n
+            return result
+
+    rows = {row.node for row in program.plan}
+    program_nodes = {n for n in program.rule_graph.graph.nodes if n.name in rows}
+    finder = Finder(program.rule_graph)
+    try:
+        with torch.no_grad():
+            finder.run(*bound.tensors)
+    except FxlrpError:
+        raise
+    except Exception:  # the finder only improves a message
+        return ""
+    if finder.found is None:
+        return ""
+    return f"; first at '{finder.found.name}' in {place(module_path(finder.found), source_line(finder.found))}"
+
+
+def _ones(bound: Bound) -> tuple[bool, ...]:
+    return tuple(size == 1 for t in bound.tensors for size in t.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class _ClassScore:
+    target: Target
+
+    def __call__(self, read: Any, operands: Any) -> Tensor:
+        logits = read[0] if read[0].dim() > 1 else read[0].unsqueeze(-1)
+        return self.target.score(logits, operands)
+
+
+@dataclass(frozen=True, eq=False)
+class _RowScore:
+    target: Target
+
+    def __call__(self, read: Any, operands: Any) -> Tensor:
+        return self.target.score(read[0].squeeze(1), operands)
+
+
+@dataclass(frozen=True, eq=False)
+class _FunctionScore:
+    target: Function
+    captured: Captured
+    indices: tuple[int, ...]
+
+    def __call__(self, read: Any, operands: Any) -> Tensor:
+        tensors = dict(zip(self.indices, read, strict=True))
+        scalar = self.target.function(self.captured.outputs.rebuild(tensors))
+        if not isinstance(scalar, Tensor) or scalar.dim() > 1:
+            shape = f"of shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
+            raise TargetError(f"A target function returns one scalar per sample, [batch]; this one returned a result "
+                              f"{shape}.")
+        return scalar if scalar.dim() else scalar.unsqueeze(0)

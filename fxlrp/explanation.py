@@ -1,0 +1,68 @@
+"""What an explainer returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from .ledger import Ledger
+
+#: One tensor where one input is explained, a dict by input name where there are several.
+Relevance = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Relevance of the inputs for one scalar of the output.
+
+    Attributes:
+        relevance: for token ids ``[batch, sequence]`` (summed over the hidden size), for float inputs their own shape;
+            a dict by input name where several inputs are explained.
+        value: the explained scalars, ``[batch]``.
+        coefficients: what relevance is a product with: ``relevance = (input or embedding) * coefficient``; as
+            ``relevance``, but ``[batch, sequence, hidden]`` for token ids.
+        latents: relevance by module path, as asked for by ``lrp_compile(latents=…)``.
+    """
+
+    relevance: Relevance
+    value: Tensor
+    coefficients: Relevance
+    latents: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    _output: Callable[[], Any] | None = field(default=None, repr=False)
+    _ledger: Callable[[], Ledger] | None = field(default=None, repr=False)
+
+    @cached_property
+    def output(self) -> Any:
+        """The model's own output, computed when first read: the relevance graph skips what the target does not need."""
+        if self._output is None:
+            raise RuntimeError("An explanation made inside torch.compile does not hold its inputs; call the model.")
+        return self._output()
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """Where the relevance went: one more forward and, per sample, backward pass when first read."""
+        if self._ledger is None:
+            raise RuntimeError("An explanation made inside torch.compile does not hold its inputs; explain once outside.")
+        return self._ledger()
+
+    def __repr__(self) -> str:
+        def shape(value: Relevance) -> str:
+            if isinstance(value, Tensor):
+                return str(list(value.shape))
+            return "{" + ", ".join(f"{name}: {list(t.shape)}" for name, t in value.items()) + "}"
+
+        scalars = ", ".join(f"{v:.4g}" for v in self.value.detach().float().flatten()[:4].tolist())
+        dots = ", …" if self.value.numel() > 4 else ""
+        return f"Explanation(value=[{scalars}{dots}], relevance={shape(self.relevance)})"
+
+
+def one_or_many(names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> Relevance:
+    """A tensor by itself, several as a dict by name."""
+    return tensors[0] if len(tensors) == 1 else dict(zip(names, tensors, strict=True))
+
+

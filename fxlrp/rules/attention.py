@@ -1,0 +1,87 @@
+"""Rules of the attention op ``softmax(scale * q k^T + mask) v``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .base import Call, Cotangent, Linearization, Rule, dot, remainder, vjp
+
+
+@dataclass(frozen=True)
+class AttentionRule(Rule):
+    """AttnLRP's attention: the ordinary backward with q and k times 1/4 and v times 1/2.
+
+    The composition of the uniform rule for ``A v`` (1/2 each), the softmax rule, and the uniform rule for ``q k^T``
+    (1/2 each), so any fused attention backward will do and no N x N matrix is needed. An operand that carries no
+    relevance leaves its share to the other one. What the softmax's Taylor step leaves over is ``remainder``.
+
+    Shapes: q ``[batch, heads, queries, d]``, k ``[batch, heads, keys, d]``, v ``[batch, heads, keys, e]``.
+
+    Source: AttnLRP, Prop. 3.1 and 3.3.
+    """
+
+    @property
+    def name(self) -> str:
+        return "attention"
+
+    def linearize(self, call: Call) -> Linearization:
+        step, shares = vjp(call), self._shares(call)
+        return Linearization(step.output, lambda cotangent: tuple(
+            None if g is None else g * share for g, share in zip(step.pullback(cotangent), shares, strict=True)))
+
+    @staticmethod
+    def _shares(call: Call) -> tuple[float, ...]:
+        value_active = _VALUE in call.active
+        scores = [i for i in call.active if i != _VALUE]
+        outer = 0.5 if value_active and scores else 1.0
+        return tuple(outer if i == _VALUE else outer / len(scores) for i in call.active)
+
+    def absorbed(self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
+                 ) -> dict[str, Tensor]:
+        if call.active == (_VALUE,):
+            return {}
+        # The value's share must conserve by itself; only the scores' share may leave a Taylor remainder. Booking
+        # the whole difference would hide an error in the value's share.
+        by_leaf = dict(zip(call.active, coefficients, strict=True))
+        shares = dict(zip(call.active, self._shares(call), strict=True))
+        scores = dot(output, cotangent) * (1 - shares.get(_VALUE, 0.0))
+        for i in call.active:
+            if i != _VALUE and by_leaf[i] is not None:
+                scores = scores - dot(call.leaves()[i], by_leaf[i])
+        return {"remainder": scores}
+
+
+@dataclass(frozen=True)
+class FrozenAttention(AttentionRule):
+    """Attention weights as constants: all relevance to the values, ``G_v = A^T G``.
+
+    Source: Ali et al. 2022 (AH-rule); CP-LRP in AttnLRP, section 2.
+    """
+
+    @property
+    def name(self) -> str:
+        return "frozen_attention"
+
+
+@dataclass(frozen=True)
+class GradientAttention(AttentionRule):
+    """The ordinary backward of attention; see :class:`fxlrp.rules.Gradient`."""
+
+    @property
+    def name(self) -> str:
+        return "gradient"
+
+    def linearize(self, call: Call) -> Linearization:
+        return vjp(call)
+
+    def absorbed(self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
+                 ) -> dict[str, Tensor]:
+        return {"remainder": remainder(call, output, cotangent, coefficients)}
+
+
+#: Position of v among the operands of the attention op.
+_VALUE = 2

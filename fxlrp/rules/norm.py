@@ -1,0 +1,103 @@
+"""The LN-rule: normalisation is linear once its standard deviation is held fixed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activation import op_name
+from .base import Call, Cotangent, Linearization, Rule, dot, vjp
+
+
+@dataclass(frozen=True)
+class NormRule(Rule):
+    """The LN-rule for LayerNorm, RMSNorm and GroupNorm: 1/std is a constant, the mean is not.
+
+    LayerNorm ``z = w * C x * rstd + b`` with the centring C, gives ``C(w * G) * rstd``; RMSNorm ``z = w * x * rrms``
+    gives ``w * G * rrms``. The bias keeps ``sum(b * G)`` (``bias``); nothing else is absorbed.
+
+    Shapes: x, z, G and the coefficient are equal; rstd is 1 in the normalised dimensions.
+
+    Source: Ali et al. 2022, eq. 13 (LN-rule); AttnLRP, Prop. 3.4.
+    """
+
+    @property
+    def name(self) -> str:
+        return "ln_rule"
+
+    def linearize(self, call: Call) -> Linearization:
+        return _FORMS[op_name(call.op)](call)
+
+    def absorbed(self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
+                 ) -> dict[str, Tensor]:
+        position = {"layer_norm": 3, "group_norm": 3}.get(op_name(call.op))
+        bias = None if position is None else _argument(call, position, "bias")
+        if bias is None:
+            return {}
+        if op_name(call.op) == "group_norm":
+            bias = bias.view(-1, *(1,) * (cotangent.dim() - 2))
+        return {"bias": dot(bias.expand_as(cotangent), cotangent)}
+
+
+def _argument(call: Call, position: int, name: str) -> Any:
+    return call.args[position] if len(call.args) > position else call.kwargs.get(name)
+
+
+def _layer_norm(call: Call) -> Linearization:
+    x, shape = call.args[:2]
+    weight = _argument(call, 2, "weight")
+    eps = _argument(call, 4, "eps")
+    output, _, rstd = torch.ops.aten.native_layer_norm.default(
+        x, shape, weight, _argument(call, 3, "bias"), 1e-5 if eps is None else eps)
+    dims = tuple(range(-len(shape), 0))
+
+    def pullback(cotangent: Tensor) -> tuple[Tensor]:
+        scaled = cotangent if weight is None else cotangent * weight
+        return (((scaled - scaled.mean(dims, keepdim=True)) * rstd).to(x.dtype),)
+
+    return Linearization(output, pullback)
+
+
+def _native_rms_norm(call: Call) -> Linearization:
+    x, shape = call.args[:2]
+    weight, eps = _argument(call, 2, "weight"), _argument(call, 3, "eps")
+    dims = tuple(range(-len(shape), 0))
+
+    def pullback(cotangent: Tensor) -> tuple[Tensor]:
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        floor = torch.finfo(wide.dtype).eps if eps is None else eps
+        rrms = torch.rsqrt(wide.pow(2).mean(dims, keepdim=True) + floor)
+        scaled = cotangent if weight is None else cotangent * weight
+        return ((scaled * rrms).to(x.dtype),)
+
+    return Linearization(call.run(), pullback)
+
+
+def _group_norm(call: Call) -> Linearization:
+    x, groups = call.args[:2]
+    weight = _argument(call, 2, "weight")
+    eps = _argument(call, 4, "eps")
+
+    def pullback(cotangent: Tensor) -> tuple[Tensor]:
+        scaled = cotangent if weight is None else cotangent * weight.view(-1, *(1,) * (x.dim() - 2))
+        inside = (x.shape[0], groups, math.prod(x.shape[1:]) // groups)
+        rows, wide = scaled.reshape(inside), x.reshape(inside)
+        rstd = torch.rsqrt(wide.var(-1, correction=0, keepdim=True) + (1e-5 if eps is None else eps))
+        return (((rows - rows.mean(-1, keepdim=True)) * rstd).reshape(x.shape),)
+
+    return Linearization(call.run(), pullback)
+
+
+_FORMS = {
+    "layer_norm": _layer_norm,
+    "rms_norm": _native_rms_norm,
+    "group_norm": _group_norm,
+    # The canonical form x * factor: the factor is not among the active operands, so the plain product is the rule.
+    "normalize": vjp,
+    "normalize_divide": vjp,
+}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor, fx, nn
 from .compiler.canonicalize import Canonical, canonicalize
 from .compiler.capture import TRACE, Captured, capture, compare, identifier, run_model
 from .compiler.graphs import outputs, value
-from .compiler.inputs import Bound, bind, check, fingerprint
+from .compiler.inputs import Bound, bind, check, fingerprint, plain_region
 from .compiler.latents import find
 from .compiler.ledger import account
 from .compiler.lower import Runner, lower
@@ -25,7 +27,7 @@ from .compiler.provenance import module_path, source_line
 from .explanation import Explanation, one_or_many
 from .ledger import Ledger
 from .rules import Composite, as_composite
-from .targets import Function, Target, as_target, resolve
+from .targets import Function, Target, as_target, operand_tensors, resolve
 
 #: Inputs that say which positions are padding, by the names that libraries use; for a decoder's output its own first.
 _MASKS = ("decoder_attention_mask", "attention_mask", "padding_mask", "mask")
@@ -89,8 +91,12 @@ class Explainer:
     _traces: dict[Any, list[_Trace]] = field(default_factory=dict, repr=False)
     _programs: dict[Any, tuple[Program, Runner]] = field(default_factory=dict, repr=False)
     _last: tuple[Program, Runner] | None = field(default=None, repr=False)
+    _last_names: tuple[str, ...] = field(default=(), repr=False)
+    _last_position: Any = field(default=None, repr=False)
+    _parameters: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
+        self._parameters = tuple(inspect.signature(self.model.forward).parameters)
         lower(None, self.backend, torch.device("cpu"))  # refuses an unknown backend now and not at the first call
 
     def __call__(self, *args: Any, target: Any = None, **kwargs: Any) -> Explanation:
@@ -109,13 +115,18 @@ class Explainer:
         """
         if torch.compiler.is_compiling():
             return self._compiled(args, kwargs, target)
+        with torch.inference_mode(False):
+            return self._explain(args, kwargs, target)
+
+    def _explain(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Explanation:
         wanted = as_target(target)
         bound = bind(self.model, args, kwargs)
         check(bound, self.model)
         trace = self._trace(bound)
         operands = self._operands(trace, bound, wanted)
         program, runner = self._program(trace, bound, wanted)
-        self._last = (program, runner)
+        self._last, self._last_names = (program, runner), bound.names
+        self._last_position = getattr(wanted, "position", None)
         relevance, scalar, coefficients, latents = runner(*bound.tensors, *operands)
         self._refuse_nonfinite(bound, program, relevance, scalar)
         names = tuple(self._names(bound)[n] for n in program.relevance.names)
@@ -123,7 +134,11 @@ class Explainer:
             one_or_many(names, relevance), scalar, one_or_many(names, coefficients),
             {name: r for name, (r, _) in zip(program.relevance.latents, latents, strict=True)},
             lambda: self._run_model(bound),
-            lambda: Ledger.of(account(program.rule_graph, program.plan.sources, program.seed, bound.tensors, operands)))
+            lambda: self._account(program, bound, operands))
+
+    def with_composite(self, composite: str | Composite) -> Explainer:
+        """An explainer of the same model by other rules; what was traced already is not traced again."""
+        return dataclasses.replace(self, composite=as_composite(composite), _programs={}, _last=None)
 
     # -- what a call has compiled -------------------------------------------------------------------------------
 
@@ -163,7 +178,7 @@ class Explainer:
         captured = capture(self.model, bound, dynamic=self.dynamic)
         canonical = canonicalize(verify_functional(captured.graph))
         difference = compare(Captured(canonical.graph, captured.outputs, captured.shapes, "", ()), bound,
-                             run_model(self.model, bound))
+                             run_model(self.model, bound), floor=1e-6)
         if difference is not None:
             raise CaptureError(f"Canonicalisation changed the model: {difference}. This is a bug of fxlrp.")
         values = tuple(t.clone() for t in bound.tensors) if captured.method == TRACE else None
@@ -239,10 +254,8 @@ class Explainer:
         shape = self._output_shape(trace, bound, index)
         mask_name = self._mask(trace, bound, index) if len(shape) == 3 else None
         by_identifier = {identifier(name): t for name, t in bound.by_name.items()}
-        found = resolve(target, shape if len(shape) > 1 else (*shape, 1), bound.tensors[0].device,
-                        None if mask_name is None else by_identifier[mask_name])
-        # The relevance graph takes positions, which choose rows, before the indices that are read off them.
-        return (found[-1], *found[:-1]) if getattr(target, "position", None) is not None else found
+        return resolve(target, shape if len(shape) > 1 else (*shape, 1), bound.tensors[0].device,
+                       None if mask_name is None else by_identifier[mask_name])
 
     def _output_shape(self, trace: _Trace, bound: Bound, index: int) -> tuple[int, ...]:
         fake = value(outputs(trace.canonical.graph.graph)[index])
@@ -258,10 +271,14 @@ class Explainer:
 
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Explanation:
         """A call inside ``torch.compile``: the last call's relevance graph, inlined into the user's function."""
-        program, _ = self._of_last_call()
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        extra = [target] if isinstance(target, Tensor) else []
-        relevance, scalar, coefficients, _ = program.relevance.graph(*tensors, *extra)
+        program = self._of_last_call()[0]
+        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        tensors = [given[name].detach() for name in self._last_names]
+        wanted = as_target(target)
+        operands = operand_tensors(wanted, tensors[0].shape[0], tensors[0].device)
+        if len(operands) != len(program.seed.operand_names) + (self._last_position is not None):
+            raise TargetError("Explain once outside of torch.compile with the same kind of target, so that it is traced.")
+        relevance, scalar, coefficients, _ = program.relevance.graph(*tensors, *operands)
         names = program.relevance.names
         return Explanation(one_or_many(names, relevance), scalar, one_or_many(names, coefficients))
 
@@ -269,6 +286,11 @@ class Explainer:
         args, kwargs = bound.rebuild(bound.tensors)
         with torch.no_grad():
             return self.model(*args, **kwargs)
+
+    def _account(self, program: Program, bound: Bound, operands: tuple[Tensor, ...]) -> Ledger:
+        with plain_region():
+            return Ledger.of(account(program.rule_graph, program.plan.sources, program.seed,
+                                     (*bound.tensors, *operands)))
 
     def _refuse_nonfinite(self, bound: Bound, program: Program, relevance: tuple[Tensor, ...], scalar: Tensor) -> None:
         total = sum((r.detach().abs().sum().float() for r in relevance), start=scalar.detach().abs().sum().float())

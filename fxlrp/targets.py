@@ -121,7 +121,9 @@ def as_target(target: Any) -> Target:
 
 
 def resolve(target: Target, shape: Sequence[int], device: torch.device, mask: Tensor | None) -> tuple[Tensor, ...]:
-    """Indices and position of a target as LongTensors ``[batch]``, checked against logits of this shape.
+    """Position and indices of a target as LongTensors ``[batch]``, checked against logits of this shape.
+
+    In the order in which the relevance graph takes them: the position, which chooses rows, comes first.
 
     Args:
         target: the target.
@@ -139,15 +141,23 @@ def resolve(target: Target, shape: Sequence[int], device: torch.device, mask: Te
         if len(shape) < 3:
             raise TargetError(f"The output has shape {tuple(shape)}: it has no positions, so position={position!r} "
                               "does not apply.")
-        values.append(_checked("position", position, batch, shape[1], "positions", device))
+        chosen = _checked("position", position, batch, shape[1], "positions", device)
+        values.insert(0, chosen)
         if mask is not None and mask.shape == (batch, shape[1]):
-            padded = (mask.to(device).gather(1, values[-1].unsqueeze(1)) == 0).squeeze(1)
+            padded = (mask.to(device).gather(1, chosen.unsqueeze(1)) == 0).squeeze(1)
             if bool(padded.any()):
                 rows = padded.nonzero().flatten().tolist()
                 raise TargetError(
-                    f"Position {values[-1][rows[0]].item()} of row {rows[0]} is padding; choose one where "
+                    f"Position {chosen[rows[0]].item()} of row {rows[0]} is padding; choose one where "
                     "attention_mask is 1.")
     return tuple(values)
+
+
+def operand_tensors(target: Target, batch: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The same as :func:`resolve` without its checks, for use inside ``torch.compile``; negative indices not allowed."""
+    names = (("position",) if getattr(target, "position", None) is not None else ()) + target.indices
+    values = [getattr(target, name) for name in names]
+    return tuple(value if isinstance(value, Tensor) else torch.full((batch,), value, device=device) for value in values)
 
 
 def _checked(name: str, value: Index, batch: int, size: int, what: str, device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ _ID_PATH = ("view", "reshape", "unsafe_view", "flatten", "unsqueeze", "squeeze",
             "clone", "contiguous", "alias", "to", "to_copy", "detach", "masked_fill", "where", "cat", "clamp",
             "clamp_min", "roll", "flip", "index_select", "transpose", "permute", "pad", "constant_pad_nd",
             "slice_scatter", "select_scatter", "lift_fresh_copy", "split", "split_with_sizes", "chunk", "getitem",
-            "unbind", "type_as", "long")
+            "unbind", "type_as", "long", "expand_as", "copy")
 #: How an embedding may travel to the sum in which it meets others of its token.
 _SUM_PATH = ("add", "mul", "div", "dropout", "to", "to_copy", "type_as", "clone", "view", "reshape", "unsqueeze",
              "expand", "contiguous", "alias")

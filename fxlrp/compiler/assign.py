@@ -58,6 +58,8 @@ def assign(module: fx.GraphModule, sources: Sequence[Source], targets: Sequence[
             f"No differentiable path leads from {names} to the target"
             + (f"; frozen on the way: {', '.join(where)}" if where else "")
             + ". Integer inputs must reach an embedding lookup, float inputs must not be detached on the way.")
+    read = {leaf for node in rows for leaf in leaves(node) if isinstance(leaf, fx.Node)}
+    rows.update({node: row for node, row in frozen.items() if node in read})
     ordered = {n: rows[n] for n in module.graph.nodes if n in rows}
     return Plan(tuple(ordered.values()), kept)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from .activity import Dependence
-from .graphs import copy_graph, is_op, value
+from .graphs import copy_graph, is_op, propagate, value
 from .patterns import Match, Miss, match_attention, match_norm, match_self_gate
 from .provenance import inherit
 
@@ -31,6 +32,7 @@ def canonicalize(module: fx.GraphModule) -> Canonical:
     """Replace norms, attention and hand-written activations by their canonical ops."""
     new = copy_graph(module, "Canonical")
     _strip(new.graph)
+    new = _widen(new)
     dependence = Dependence.of(new)
     hits: dict[str, int] = {}
     misses: list[str] = []
@@ -72,6 +74,41 @@ def _does_nothing(node: fx.Node) -> bool:
         return start in (None, 0) and step in (None, 1) and isinstance(stop, (int, type(None))) and (
             stop is None or stop >= 2**62)
     return is_op(node, "alias", "view_as") and list(map(str, operand.shape)) == list(map(str, result.shape))
+
+
+def _widen(module: fx.GraphModule) -> fx.GraphModule:
+    """Compute a float64 model in float64 throughout.
+
+    Models cast norms and softmax to float32 as a step up from half precision; for a float64 model that is a step down,
+    and its rounding would be all that is left in the ledger. Where the wider graph does not type-check, the model's
+    own precision stays.
+    """
+    wide = copy_graph(module, "Canonical")
+    dependence = Dependence.of(wide)
+    changed = False
+    for node in list(wide.graph.nodes):
+        if not (node.op == "call_function" and dependence.sources_of(node) and _narrows(node)):
+            continue
+        changed = True
+        if is_op(node, "softmax", "log_softmax"):
+            node.args, node.kwargs = node.args[:2], {}
+        else:
+            node.replace_all_uses_with(node.args[0])
+            wide.graph.erase_node(node)
+    if not changed:
+        return module
+    try:
+        propagate(wide.graph)
+    except (RuntimeError, TypeError, ValueError):
+        return module
+    _strip(wide.graph)
+    return wide
+
+
+def _narrows(node: fx.Node) -> bool:
+    if not is_op(node, "to", "to_copy", "float", "type_as", "softmax", "log_softmax"):
+        return False
+    return value(node.args[0]).dtype is torch.float64 and value(node).dtype is torch.float32
 
 
 def _replace(match: Match) -> None:

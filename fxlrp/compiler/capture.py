@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import CaptureError, InputError, StochasticModelError, place
 from .functional import functionalize, rewrite
-from .inputs import Bound, ambient_autocast
+from .inputs import Bound, ambient_autocast, plain_region
 from .outputs import Outputs, flatten_output
 from .provenance import module_path, source_line
 from .shapes import Shapes
@@ -100,9 +100,12 @@ def run_model(model: nn.Module, bound: Bound) -> tuple[Tensor, ...]:
     return flatten_output(result)[0]
 
 
-def compare(captured: Captured, bound: Bound, expected: tuple[Tensor, ...]) -> str | None:
-    """Why the captured graph does not reproduce the model's output, or None where it does."""
-    with torch.no_grad():
+def compare(captured: Captured, bound: Bound, expected: tuple[Tensor, ...], floor: float = 0.0) -> str | None:
+    """Why the captured graph does not reproduce the model's output, or None where it does.
+
+    ``floor`` is a relative difference that is let through whatever the dtype.
+    """
+    with plain_region():
         actual = captured.graph(*bound.tensors)
     if len(actual) != len(expected):
         return f"{len(actual)} output tensors instead of {len(expected)}"
@@ -111,7 +114,7 @@ def compare(captured: Captured, bound: Bound, expected: tuple[Tensor, ...]) -> s
             return f"output {i} has shape {tuple(a.shape)} instead of {tuple(e.shape)}"
         if not e.is_floating_point():
             continue
-        tolerance = 1e3 * torch.finfo(e.dtype).eps
+        tolerance = max(floor, 1e3 * torch.finfo(e.dtype).eps)
         gap = (a.double() - e.double()).nan_to_num(0.0, 0.0, 0.0).abs().max().item()
         scale = e.double().nan_to_num(0.0, 0.0, 0.0).abs().max().item()
         if gap > tolerance * max(scale, 1e-30):

@@ -19,7 +19,19 @@ def clean(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
     _deduplicate(graph)
     graph.eliminate_dead_code()
     graph.lint()
-    return fx.GraphModule(root, graph, "RelevanceGraph")
+    return fx.GraphModule(_detached(root, graph), graph, "RelevanceGraph")
+
+
+def _detached(root: torch.nn.Module, graph: fx.Graph) -> dict[str, Any]:
+    """The root's weights as plain tensors on the same memory: nothing asks to differentiate the relevance graph."""
+    found: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            value: Any = root
+            for part in node.target.split("."):
+                value = getattr(value, part)
+            found[node.target] = value.detach() if isinstance(value, Tensor) else value
+    return found
 
 
 def _simplify(graph: fx.Graph, node: fx.Node) -> None:

@@ -88,3 +88,17 @@ def fake_mode(graph: fx.Graph) -> Any:
             if isinstance(leaf, torch._subclasses.FakeTensor):
                 return leaf.fake_mode
     raise AssertionError("a captured graph holds at least one fake tensor")
+
+
+def propagate(graph: fx.Graph) -> None:
+    """Recompute the values of a graph under construction, from its inputs and weights on.
+
+    Raises:
+        RuntimeError: an op does not take what it would now be given.
+    """
+    mode = fake_mode(graph)
+    with mode, torch.no_grad():
+        for node in graph.nodes:
+            if node.op == "call_function" and "val" in node.meta:
+                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
+                node.meta["val"] = node.target(*args, **kwargs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,9 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         raise InputError(f"These arguments do not fit {type(model).__name__}.forward: {error}.") from error
     leaves = tuple(leaf for _, leaf in paths)
     names = tuple(_name(path, parameters) for path, leaf in paths if isinstance(leaf, Tensor))
-    tensors = tuple(leaf.contiguous() for leaf in leaves if isinstance(leaf, Tensor))
+    # Tensors made in inference mode cannot be differentiated even later.
+    tensors = tuple(leaf.clone() if leaf.is_inference() else leaf.contiguous() for leaf in leaves
+                    if isinstance(leaf, Tensor))
     if not tensors:
         raise InputError("No tensor among the inputs. Call the explainer as the model itself: explainer(input_ids, …).")
     constants = tuple(_constant(leaf) for leaf in leaves)
@@ -83,10 +86,10 @@ def check(bound: Bound, model: nn.Module) -> None:
 
 
 def fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    """What must not change for a traced program to stay valid: the parameters' identity, dtype and device, and modes."""
+    """What must not change for a traced program to stay valid: which tensors the weights are, and modes."""
     return (
-        tuple((id(p), p.dtype, p.device) for p in model.parameters()),
-        tuple((id(b), b.dtype, b.device) for b in model.buffers()),
+        tuple((id(p), p.data_ptr(), p.dtype, p.device) for p in model.parameters()),
+        tuple((id(b), b.data_ptr(), b.dtype, b.device) for b in model.buffers()),
         tuple(m.training for m in model.modules()),
         ambient_autocast(model),
     )
@@ -98,6 +101,18 @@ def ambient_autocast(model: nn.Module) -> tuple[str, torch.dtype] | None:
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
             return device_type, torch.get_autocast_dtype(device_type)
     return None
+
+
+@contextlib.contextmanager
+def plain_region() -> Iterator[None]:
+    """Outside of any autocast, inference or autograd region of the caller: captured graphs hold those effects already."""
+    with contextlib.ExitStack() as stack:
+        for device_type in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        yield
 
 
 def _name(path: tuple[Any, ...], parameters: list[inspect.Parameter]) -> str:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from ..rules.base import Linearization, dot
-from .activity import Source
-from .graphs import leaves, outputs
+from .activity import Source, reachable
+from .graphs import is_float, leaves, outputs
 from .provenance import module_path
 from .rewrite import RuleOp, is_rule
 from .seed import Seed
@@ -49,17 +49,21 @@ class Account:
     entries: tuple[Entry, ...]
 
 
-def account(module: fx.GraphModule, sources: Sequence[Source], seed: Seed, inputs: Sequence[Tensor],
-            operands: Sequence[Tensor]) -> Account:
+def account(module: fx.GraphModule, sources: Sequence[Source], seed: Seed, inputs: Sequence[Tensor]) -> Account:
     """Run the rule graph once and pull each sample's scalar back by itself, booking at every node.
+
+    ``inputs`` are those of the relevance graph: the model's, a position if the target has one, the seed's operands.
 
     One backward pass per sample: the sum over everything then is that sample's, whatever became of the batch
     dimension inside the model.
     """
     graph = module.graph
-    values, steps = _forward(module, inputs)
+    taken = len(inputs) - len(seed.operand_names)
+    operands = inputs[taken:]
+    values, steps = _forward(module, inputs[:taken])
+    dependent = reachable(module, [s.node for s in sources])
     read = [values[n] for n in seed.reads(outputs(graph))]
-    score, *gradients = seed.joint(*read, *operands)
+    score, *_ = seed.joint(*read, *operands)
     entries: dict[tuple[str, str, str], list[Tensor]] = {}
     totals: dict[str, list[Tensor]] = {s.input.target: [] for s in sources}
     batch = score.shape[0]
@@ -72,7 +76,7 @@ def account(module: fx.GraphModule, sources: Sequence[Source], seed: Seed, input
         for node, g in zip(seed.reads(outputs(graph)), seeds, strict=True):
             if g is not None:
                 _accumulate(cotangents, node, g)
-        _pull(graph, values, steps, cotangents, entries, sample)
+        _pull(graph, values, steps, dependent, cotangents, entries, sample)
         for source in sources:
             g = cotangents.get(source.node)
             amount = dot(values[source.node], g).cpu() if g is not None else torch.zeros((), dtype=torch.float64)
@@ -112,7 +116,7 @@ def _forward(module: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[dict[fx.
 
 
 def _pull(graph: fx.Graph, values: dict[fx.Node, Any], steps: dict[fx.Node, Linearization],
-          cotangents: dict[fx.Node, Any], entries: dict[Any, list[Tensor]], sample: int) -> None:
+          dependent: set[fx.Node], cotangents: dict[fx.Node, Any], entries: dict[Any, list[Tensor]], sample: int) -> None:
     for node in reversed(graph.nodes):
         if node not in steps or node not in cotangents:
             continue
@@ -123,12 +127,20 @@ def _pull(graph: fx.Graph, values: dict[fx.Node, Any], steps: dict[fx.Node, Line
         call = target.bind(args, kwargs)
         with torch.no_grad():
             booked = target.rule.absorbed(call, values[node], cotangent, coefficients)
+        if "constant" in booked and _reads_frozen(node, dependent):
+            booked["frozen"] = booked.pop("constant")
         for cause, amount in booked.items():
             _book(entries, (node.name, module_path(node), cause), amount.cpu(), sample)
         operands = leaves(node)
         for i, g in zip(target.active, coefficients, strict=True):
             if g is not None:
                 _accumulate(cotangents, operands[i], g)
+
+
+def _reads_frozen(node: fx.Node, dependent: set[fx.Node]) -> bool:
+    """Whether a constant operand depends on the explained inputs: it is one only because a rule froze it."""
+    return any(leaf in dependent and is_float(leaf) for i, leaf in enumerate(leaves(node))
+               if isinstance(leaf, fx.Node) and i not in node.target.active)
 
 
 def _accumulate(cotangents: dict[fx.Node, Any], node: fx.Node, g: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..errors import InputError
+from .inputs import plain_region
 
 #: Takes the relevance graph's inputs, returns its outputs.
 Runner = Callable[..., Any]
@@ -40,7 +41,7 @@ class _Eager:
         self.graph = graph
 
     def __call__(self, *args: Any) -> Any:
-        with torch.no_grad():
+        with plain_region():
             return self.graph(*args)
 
 

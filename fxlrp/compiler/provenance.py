@@ -36,7 +36,8 @@ def source_line(node: fx.Node) -> str:
     """``file:line in function`` of the model's code that made the node, or ''."""
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
     # torch.nn's own frames say less than the line of the model that called them.
-    own = [f for f in frames if "/torch/" not in f["file"]] or frames
+    own = [f for f in frames if "/torch/" not in f["file"] and "/fxlrp/compiler/" not in f["file"]] or [
+        f for f in frames if "/fxlrp/compiler/" not in f["file"]]
     if not own:
         return ""
     frame = own[-1]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .functional import rewrite
+
 #: Ops that cost nothing at run time, so that a backward may repeat them instead of keeping the forward's.
 _FREE = frozenset("""view reshape _unsafe_view unsqueeze squeeze transpose permute t expand detach alias slice select
     sym_size mul add sub floordiv getitem scalar_tensor""".split())
@@ -87,6 +89,7 @@ def trace(function: Callable[..., Sequence[Any]], values: Sequence[Any]) -> Temp
         # New tensor objects, since tracing tells operands apart by identity and one may be given twice.
         module = make_fx(function)(*(v.detach() if isinstance(v, Tensor) else v for v in values))
     graph = module.graph
+    rewrite(graph, module)  # decompositions may use in-place steps
     attributes = [n for n in graph.nodes if n.op == "get_attr"]
     if attributes:
         raise AssertionError(f"a template closes over {attributes}: everything that it reads must be an operand")

@@ -16,7 +16,7 @@ from ..rules import Structural
 from ..rules.base import Call
 from .activity import Source
 from .cleanup import clean
-from .graphs import fake_mode, outputs, tree, value
+from .graphs import fake_mode, is_op, outputs, tree, value
 from .rewrite import RuleOp, is_rule
 from .seed import Seed
 from .template import Templates
@@ -90,7 +90,7 @@ class _Transposition:
 
     def _forward(self, node: fx.Node) -> None:
         """Copy a node; where its pullback needs more than its operands and output, copy its template's forward."""
-        if is_rule(node):
+        if is_rule(node) and node.target.active:
             template, flat, outs = self._template(node)
             later = [i for i in range(len(template.outputs)) if i >= outs]
             if template.saves(range(outs), later):
@@ -202,11 +202,10 @@ class _Transposition:
 
     def _seed(self) -> tuple[Any, list[tuple[fx.Node, Any]]]:
         nodes = self.seed.reads(outputs(self.module.graph))
+        *_, last = (n for n in self.graph.nodes if n.op == "placeholder")
         extra = [self.graph.placeholder(name) for name in self.seed.operand_names]
-        first = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
-        for placeholder in extra:
-            if first is not None:
-                first.prepend(placeholder)
+        for placeholder in reversed(extra):
+            last.append(placeholder)
         fakes = self.seed.operand_values(self.templates.mode)
         template = self.templates.get(("seed", id(self.seed)), self.seed.joint, [*(value(n) for n in nodes), *fakes])
         for placeholder, fake in zip(extra, fakes, strict=True):
@@ -271,6 +270,7 @@ class _Transposition:
                 leaf = next(given) if isinstance(x, fx.Node) else x
                 if x is previous:
                     position = len(leaves)
+                if isinstance(leaf, Tensor) and leaf.dtype in _IDS and not is_op(node, "index_select") or x is previous:
                     leaf = leaf.to(dtype)
                 elif isinstance(x, torch.dtype):
                     leaf = dtype
@@ -281,6 +281,9 @@ class _Transposition:
         with self.templates.mode:
             cotangent = torch.empty_like(value(node), dtype=dtype)
         return self.templates.get(("ids", node.name), routed, [*(value(x) for x in operands), cotangent])
+
+
+_IDS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def _token_relevance(embedding: Tensor, coefficient: Tensor) -> Tensor:

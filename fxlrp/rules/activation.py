@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -104,6 +104,8 @@ class Identity(Rule):
 
     Source: AttnLRP, eq. 9.
     """
+
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"activation"})
 
     def linearize(self, call: Call) -> Linearization:
         if op_name(call.op) == "self_gate":  # x * g(x): the gate is not among the active operands

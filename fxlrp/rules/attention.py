@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,6 +23,8 @@ class AttentionRule(Rule):
 
     Source: AttnLRP, Prop. 3.1 and 3.3.
     """
+
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"attention"})
 
     @property
     def name(self) -> str:

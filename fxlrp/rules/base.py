@@ -79,6 +79,8 @@ class Rule(abc.ABC):
 
     #: A rule that lets nothing through: what it is assigned to counts as a constant for everything behind it.
     freezes: ClassVar[bool] = False
+    #: Kinds of ops that the rule is defined for; None for all.
+    kinds: ClassVar[frozenset[str] | None] = None
 
     @abc.abstractmethod
     def linearize(self, call: Call) -> Linearization:

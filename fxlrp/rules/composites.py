@@ -50,7 +50,8 @@ class Composite:
     """Rules by op kind.
 
     Attributes:
-        entries: pairs of a selector and a rule; the first that matches a node wins.
+        entries: pairs of a selector and a rule; the first that matches a node wins. An entry speaks only for the
+            kinds of ops that its rule is defined for: ``(name("*.mlp.*"), Epsilon(0.1))`` leaves activations alone.
         base: name of the preset that decides what no entry matches.
         title: how reports call it.
     """
@@ -66,12 +67,17 @@ class Composite:
             if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], Selector)
                     and isinstance(entry[1], Rule)):
                 raise CompositeError(
-                    f"Composite entries are pairs (selector, rule), as (fxlrp.op('linear'), Epsilon(1e-6)); got {entry!r}.")
+                    "Composite entries are pairs (selector, rule), as (fxlrp.op('linear'), "
+                    f"Epsilon(1e-6)); got {entry!r}.")
+            selector, rule = entry
+            if selector.kind is not None and rule.kinds is not None and selector.kind not in rule.kinds:
+                raise CompositeError(f"{rule!r} is not defined for ops of kind {selector.kind!r}, only for "
+                                     f"{', '.join(sorted(rule.kinds))}.")
 
     def rule(self, kind: str, module_path: str) -> tuple[Rule, str]:
         """The rule for a node, and where it comes from."""
         for i, (selector, rule) in enumerate(self.entries):
-            if selector.matches(kind, module_path):
+            if selector.matches(kind, module_path) and (rule.kinds is None or kind in rule.kinds):
                 return rule, f"entry {i} of the composite"
         return preset(self.base).rules[kind], f"{self.base}: {kind}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class Epsilon(Rule):
     """
 
     epsilon: float = 0.0
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"linear", "add"})
 
     def __post_init__(self) -> None:
         if not self.epsilon >= 0:
@@ -69,6 +70,8 @@ class Structural(Epsilon):
     PyTorch's own vector-Jacobian product is already right. Constant elements that are mixed in (a class token that is
     concatenated, position embeddings that are added, values that are masked in) keep their part: ``constant``.
     """
+
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"structural", "add"})
 
     def absorbed(self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
                  ) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class NormRule(Rule):
 
     Source: Ali et al. 2022, eq. 13 (LN-rule); AttnLRP, Prop. 3.4.
     """
+
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"norm"})
 
     @property
     def name(self) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from .base import Call, Linearization, vjp
+from .base import Call, Linearization
 from .linear import Epsilon
 
 
@@ -22,6 +23,7 @@ class Uniform(Epsilon):
     """
 
     shares: tuple[float, ...] = ()
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"product", "matmul"})
 
     @property
     def name(self) -> str:
@@ -41,9 +43,8 @@ class FreezeDenominator(Epsilon):
     All relevance goes to the numerator, as for the normalisers of attention weights and routers.
     """
 
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"division"})
+
     @property
     def name(self) -> str:
         return "numerator"
-
-    def linearize(self, call: Call) -> Linearization:
-        return vjp(call)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .base import Gradient
 
@@ -18,6 +19,8 @@ class SoftmaxTaylor(Gradient):
 
     Source: AttnLRP, Prop. 3.1.
     """
+
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"softmax", "attention_weights"})
 
     @property
     def name(self) -> str:

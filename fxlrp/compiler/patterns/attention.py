@@ -62,9 +62,6 @@ def _match_eager(node: fx.Node, entangled: Entangled) -> Match | Miss | None:
         return miss(f"{rank}-dimensional scores, not [batch, heads, queries, keys]")
     if softmax.args[1] not in (-1, rank - 1):
         return miss("the softmax does not run over the keys")
-    wide, narrow = value(softmax).dtype, value(values).dtype
-    if torch.finfo(wide).bits < torch.finfo(narrow).bits:
-        return miss(f"the softmax is computed in {wide} for values in {narrow}")
 
     scores, masks, scale = without_casts(scores), [], 1.0
     while not is_op(scores, "matmul", "bmm"):

@@ -1,0 +1,262 @@
+"""Capture: what the model computes, functional, on the model's own weights, and the model left as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxlrp
+from fxlrp.compiler.capture import DYNAMIC, STATIC, TRACE, capture, compare, run_model
+from fxlrp.compiler.inputs import bind
+from fxlrp.compiler.verify import verify_functional
+
+
+class Block(nn.Module):
+    """A linear layer around which tests put what is hard to capture."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.last = nn.Linear(width, 3)
+        nn.init.normal_(self.norm.bias)
+
+
+class NoGrad(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        with torch.no_grad():
+            scale = self.norm(h).sigmoid()
+        return self.last(h * scale)
+
+
+class Detached(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(h * self.norm(h).sigmoid().detach())
+
+
+class InPlace(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h += self.norm(x)
+        h.mul_(2.0).relu_()
+        return self.last(h)
+
+
+class MutatedView(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h[:, :2] *= 3.0
+        h[:, 4] = 0.5
+        h[:, 5].copy_(x[:, 0])
+        return self.last(h)
+
+
+class AliasedLater(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        view = h.view(-1, 2, 3)
+        h.add_(1.0)
+        return self.last(view.reshape(-1, 6))
+
+
+class InPlaceInNoGrad(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        with torch.no_grad():
+            c = h.clone()
+            c[:, :3].zero_()
+            c.clamp_(min=0)
+        return self.last(h + c)
+
+
+class Autocast(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            h = self.first(x)
+        return self.last(h.float())
+
+
+class BranchesOnData(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = h * 2.0 if bool((x.sum() > 0).item()) else h - self.norm(x)
+        return self.last(h)
+
+
+class RepeatedTensor(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x * x + torch.cat([x, x], -1)[:, :6] * x)
+
+
+MODELS = [NoGrad, InPlace, MutatedView, AliasedLater, InPlaceInNoGrad, Autocast, RepeatedTensor, BranchesOnData]
+
+
+def autograd_reference(model: nn.Module, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(model(x).max(-1).values.sum(), x)[0] * x.detach()
+
+
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+def test_captured_graph_is_functional_and_equals_the_model(kind: type[nn.Module]) -> None:
+    """Would break: in-place ops left in the graph, regions inlined wrongly, views and their base falling apart."""
+    model, x = kind().eval(), torch.randn(4, 6)
+    bound = bind(model, (x,), {})
+    captured = capture(model, bound)
+    verify_functional(captured.graph)
+    assert compare(captured, bound, run_model(model, bound)) is None
+
+
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+def test_gradient_composite_equals_autograd(kind: type[nn.Module]) -> None:
+    """Would break: a stop-gradient lost when its region is inlined, a mutation that drops its gradient."""
+    model, x = kind().eval(), torch.randn(4, 6)
+    explanation = fxlrp.lrp_compile(model, "gradient")(x)
+    tolerance = 2e-2 if kind is Autocast else 1e-5
+    torch.testing.assert_close(explanation.relevance, autograd_reference(model, x), rtol=tolerance, atol=tolerance)
+    assert explanation.ledger.residual < (1e-2 if kind is Autocast else 1e-4)
+
+
+def test_nothing_flows_through_a_no_grad_region() -> None:
+    """A no-grad region and detach mean the same."""
+    model, other, x = NoGrad().eval(), Detached().eval(), torch.randn(4, 6)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(
+        fxlrp.lrp_compile(model)(x).relevance, fxlrp.lrp_compile(other)(x).relevance, rtol=1e-5, atol=1e-6)
+
+
+def test_the_ladder_names_its_step() -> None:
+    model, x = Block().eval(), torch.randn(4, 6)
+    model.forward = lambda x: model.last(model.norm(model.first(x)))
+    assert capture(model, bind(model, (x,), {})).method == DYNAMIC
+    assert capture(model, bind(model, (x,), {}), dynamic=False).method == STATIC
+    branching = BranchesOnData().eval()
+    captured = capture(branching, bind(branching, (x,), {}))
+    assert captured.method == TRACE
+    assert any("branches on its input's values" in note for note in captured.notes)
+
+
+def test_a_trace_of_one_input_is_not_used_for_another() -> None:
+    """Would break: the first input's branch taken for all."""
+    model = BranchesOnData().eval()
+    explainer = fxlrp.lrp_compile(model, "gradient")
+    for x in (torch.ones(2, 6), -torch.ones(2, 6), torch.ones(2, 6) * 2):
+        torch.testing.assert_close(explainer(x).relevance, autograd_reference(model, x), rtol=1e-5, atol=1e-6)
+    assert "trace of this input" in str(explainer.plan)
+
+
+def test_ambient_autocast_is_part_of_the_graph() -> None:
+    """Would break: the casts of a region around the call left out, or kept for calls outside of it."""
+    model, x = Block().eval(), torch.randn(4, 6)
+    model.forward = lambda x: model.last(F.relu(model.first(x)))
+    explainer = fxlrp.lrp_compile(model)
+    outside = explainer(x).value
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = explainer(x).value
+        expected = model(x).max(-1).values
+    torch.testing.assert_close(inside, expected)
+    assert not torch.equal(inside.float(), outside)
+    torch.testing.assert_close(explainer(x).value, outside)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_grad_modes_of_the_caller_do_not_matter(context: type) -> None:
+    model, x = Block().eval(), torch.randn(4, 6)
+    model.forward = lambda x: model.last(model.norm(model.first(x)))
+    expected = fxlrp.lrp_compile(model)(x)
+    with context():
+        found = fxlrp.lrp_compile(model)(x.clone())
+        residual = found.ledger.residual
+    torch.testing.assert_close(found.relevance.clone(), expected.relevance)
+    assert residual < 1e-5
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    """No hooks, no patches, no copies, no gradients, no changed modes."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    model[0].weight.requires_grad_(False)
+    model.train()
+    model[1].eval()
+    before = {name: (value.clone(), value.data_ptr()) for name, value in model.state_dict(keep_vars=True).items()}
+    attributes = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    explainer = fxlrp.lrp_compile(model)
+    explanation = explainer(torch.randn(4, 6))
+    assert explanation.ledger.residual < 1e-4
+    for name, value in model.state_dict(keep_vars=True).items():
+        assert torch.equal(value, before[name][0])
+        assert value.data_ptr() == before[name][1]
+        assert value.grad is None
+    assert [p.requires_grad for p in model.parameters()] == [False, True, True, True, True, True]
+    assert (model.training, model[1].training) == (True, False)
+    assert attributes == {name: sorted(vars(module)) for name, module in model.named_modules()}
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert not module._backward_hooks
+
+
+def test_weights_are_shared_and_never_copied() -> None:
+    model, x = Block().eval(), torch.randn(4, 6)
+    model.forward = lambda x: model.last(model.norm(model.first(x)))
+    explainer = fxlrp.lrp_compile(model)
+    first = explainer(x).value
+    for graph in (explainer.rule_graph, explainer.relevance_graph):
+        pointers = {t.data_ptr() for t in (*graph.parameters(), *graph.buffers())}
+        assert pointers <= {p.data_ptr() for p in model.parameters()}
+    with torch.no_grad():
+        model.last.weight.mul_(2.0)
+    assert not torch.allclose(explainer(x).value, first), "an in-place update must be seen"
+
+
+def test_a_replaced_weight_or_another_dtype_is_traced_anew() -> None:
+    model, x = Block().eval(), torch.randn(4, 6)
+    model.forward = lambda x: model.last(model.norm(model.first(x)))
+    explainer = fxlrp.lrp_compile(model)
+    explainer(x)
+    model.last.weight = nn.Parameter(torch.randn(3, 6))
+    torch.testing.assert_close(explainer(x).value, model(x).max(-1).values)
+    model.double()
+    torch.testing.assert_close(explainer(x.double()).value, model(x.double()).max(-1).values)
+
+
+def test_one_trace_serves_all_batch_sizes_and_lengths() -> None:
+    """Would break: sizes baked into the relevance graph."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.block = nn.Embedding(11, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.block(self.embedding(ids)).mean(1))
+
+    model = Tokens().eval()
+    explainer = fxlrp.lrp_compile(model)
+    for batch, length in ((2, 5), (3, 9), (1, 4), (4, 1), (1, 1)):
+        ids = torch.randint(0, 11, (batch, length))
+        explanation = explainer(ids)
+        torch.testing.assert_close(explanation.value, model(ids).max(-1).values)
+        alone = fxlrp.lrp_compile(model, dynamic=False)(ids)
+        torch.testing.assert_close(explanation.relevance, alone.relevance, rtol=1e-4, atol=1e-6)
+    assert sum(map(len, explainer._traces.values())) == 1
+
+
+def test_a_shape_that_the_trace_does_not_admit_is_traced_anew() -> None:
+    """A model that specialises on its length: retrace, not a wrong answer."""
+
+    class Reshaping(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            if x.shape[0] % 2 == 0:
+                h = h.view(2, -1, 6).flip(0).reshape(-1, 6)
+            return self.last(h)
+
+    model = Reshaping().eval()
+    explainer = fxlrp.lrp_compile(model, "gradient")
+    for rows in (4, 3, 6, 5, 4):
+        x = torch.randn(rows, 6)
+        torch.testing.assert_close(explainer(x).relevance, autograd_reference(model, x), rtol=1e-4, atol=1e-6)

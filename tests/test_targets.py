@@ -1,0 +1,184 @@
+"""Targets and inputs: what is explained, in which shape, and that each row is its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import models
+from torch import Tensor, nn
+
+import fxlrp
+from fxlrp import Logit, LogitDifference, Predicted
+
+
+@pytest.fixture(scope="module")
+def language_model() -> nn.Module:
+    return models.tiny_llama(0).float()
+
+
+@pytest.fixture(scope="module")
+def explainer(language_model: nn.Module) -> fxlrp.Explainer:
+    return fxlrp.lrp_compile(language_model)
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, Tensor]:
+    ids, mask = models.token_batch(1, (7, 4, 5), "right")
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def last(mask: Tensor) -> Tensor:
+    return mask.sum(1) - 1
+
+
+def test_the_default_is_the_predicted_next_token(language_model: nn.Module, explainer: fxlrp.Explainer,
+                                                 batch: dict[str, Tensor]) -> None:
+    logits = language_model(**batch).logits[torch.arange(3), last(batch["attention_mask"])]
+    explanation = explainer(**batch)
+    torch.testing.assert_close(explanation.value, logits.max(-1).values)
+    same = explainer(**batch, target=logits.argmax(-1))
+    torch.testing.assert_close(same.relevance, explanation.relevance)
+    torch.testing.assert_close(explainer(**batch, target=Predicted()).relevance, explanation.relevance)
+
+
+def test_classes_and_positions(language_model: nn.Module, explainer: fxlrp.Explainer,
+                               batch: dict[str, Tensor]) -> None:
+    logits = language_model(**batch).logits
+    rows = torch.arange(3)
+    end = last(batch["attention_mask"])
+    index, position = torch.tensor([3, 1, 4]), torch.tensor([2, 0, 3])
+    for target, expected in [
+        (7, logits[rows, end, 7]),
+        (-1, logits[rows, end, -1]),
+        (index, logits[rows, end, index]),
+        ([3, 1, 4], logits[rows, end, index]),
+        (Logit(7, position=1), logits[:, 1, 7]),
+        (Logit(index, position=position), logits[rows, position, index]),
+        (LogitDifference(index, 5), logits[rows, end, index] - logits[rows, end, 5]),
+        (LogitDifference(2, 5, position=1), logits[:, 1, 2] - logits[:, 1, 5]),
+        (lambda output: output.logits[:, 1, 7] - output.logits[:, 0].mean(-1),
+         logits[:, 1, 7] - logits[:, 0].mean(-1)),
+    ]:
+        explanation = explainer(**batch, target=target)
+        torch.testing.assert_close(explanation.value, expected, rtol=1e-5, atol=1e-5)
+        assert explanation.ledger.residual < 1e-4
+
+
+def test_contrast_is_linear(explainer: fxlrp.Explainer, batch: dict[str, Tensor]) -> None:
+    """LRP at epsilon 0 is linear in the target for fixed rules: a difference explains as the difference."""
+    difference = explainer(**batch, target=LogitDifference(3, 5)).relevance
+    first, second = (explainer(**batch, target=i).relevance for i in (3, 5))
+    torch.testing.assert_close(difference, first - second, rtol=1e-4, atol=1e-5)
+
+
+def test_a_function_is_the_same_as_its_target_object(explainer: fxlrp.Explainer, batch: dict[str, Tensor]) -> None:
+    """Without demand slicing: full logits, the same relevance."""
+    torch.testing.assert_close(
+        explainer(**batch, target=lambda output: output.logits[:, 1, 7]).relevance,
+        explainer(**batch, target=Logit(7, position=1)).relevance, rtol=1e-4, atol=1e-6)
+
+
+def test_a_nonlinear_target_function_is_booked(explainer: fxlrp.Explainer, batch: dict[str, Tensor]) -> None:
+    explanation = explainer(**batch, target=lambda output: output.logits[:, 0].log_softmax(-1)[:, 3])
+    assert "target" in explanation.ledger.by_cause()
+    assert explanation.ledger.residual < 1e-4
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_row_is_explained_as_alone(language_model: nn.Module, explainer: fxlrp.Explainer, side: str) -> None:
+    """Would break: padding in the softmax, in the position, in a norm over the batch."""
+    ids, mask = models.token_batch(1, (7, 4, 5), side)
+    together = explainer(input_ids=ids, attention_mask=mask)
+    for row, length in enumerate((7, 4, 5)):
+        kept = mask[row] == 1
+        alone = explainer(input_ids=ids[row:row + 1, kept], attention_mask=mask[row:row + 1, kept])
+        assert alone.relevance.shape == (1, length)
+        torch.testing.assert_close(together.relevance[row, kept], alone.relevance[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(together.value[row], alone.value[0], rtol=1e-5, atol=1e-6)
+
+
+def test_output_is_the_models_own(language_model: nn.Module, explainer: fxlrp.Explainer,
+                                  batch: dict[str, Tensor]) -> None:
+    output = explainer(**batch).output
+    assert type(output) is type(language_model(**batch))
+    torch.testing.assert_close(output.logits, language_model(**batch).logits)
+
+
+def test_relevance_is_embedding_times_coefficient(language_model: nn.Module, explainer: fxlrp.Explainer,
+                                                  batch: dict[str, Tensor]) -> None:
+    explanation = explainer(**batch)
+    embedding = language_model.get_input_embeddings()(batch["input_ids"])
+    assert explanation.coefficients.shape == embedding.shape
+    torch.testing.assert_close((embedding * explanation.coefficients).sum(-1), explanation.relevance)
+
+
+def test_embeddings_as_input_explain_as_their_ids(language_model: nn.Module, explainer: fxlrp.Explainer,
+                                                  batch: dict[str, Tensor]) -> None:
+    embedding = language_model.get_input_embeddings()(batch["input_ids"]).detach()
+    found = explainer(inputs_embeds=embedding, attention_mask=batch["attention_mask"])
+    torch.testing.assert_close(found.relevance.sum(-1), explainer(**batch).relevance, rtol=1e-4, atol=1e-6)
+
+
+class TwoTowers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.types, self.image = nn.Embedding(20, 8), nn.Embedding(2, 8), nn.Linear(12, 8)
+        self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, ids: Tensor, pixels: Tensor, types: Tensor, attention_bias: Tensor) -> dict[str, Tensor]:
+        h = self.text(ids) + self.types(types)
+        scores = h @ self.mix(h).transpose(1, 2) + attention_bias
+        h = scores.softmax(-1) @ h
+        return {"logits": self.head(h.mean(1) + self.image(pixels.flatten(1)))}
+
+
+def test_several_inputs_give_a_dict() -> None:
+    """Text and pixels are explained; type ids count as constants."""
+    model = TwoTowers().eval()
+    ids, types = torch.randint(0, 20, (2, 5)), torch.randint(0, 2, (2, 5))
+    explanation = fxlrp.lrp_compile(model)(ids, torch.randn(2, 3, 4), types, attention_bias=torch.zeros(2, 5, 5))
+    assert {"ids", "pixels"} <= set(explanation.relevance)
+    assert "types" not in explanation.relevance
+    assert explanation.relevance["pixels"].shape == (2, 3, 4)
+    assert explanation.ledger.residual < 1e-4
+    assert "constant" in explanation.ledger.by_cause()
+
+
+class Shifted(nn.Module):
+    """Ids that are shifted right inside, as decoders do with labels, and read by two tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Embedding(20, 8), nn.Embedding(20, 8), nn.Linear(8, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        shifted = torch.zeros_like(ids)
+        shifted[:, 1:] = ids[:, :-1].clone()
+        return self.head(self.first(shifted).relu().mean(1) + self.second(ids.clamp(min=3)).mean(1))
+
+
+def test_relevance_returns_to_the_ids_own_positions() -> None:
+    """Would break: relevance of looked-up positions handed out as that of input positions."""
+    model = Shifted().eval()
+    ids = torch.randint(3, 20, (2, 5))
+    explanation = fxlrp.lrp_compile(model, "gradient")(ids, target=1)
+    shifted = torch.cat([torch.zeros(2, 1, dtype=torch.long), ids[:, :-1]], 1)
+    first = model.first(shifted).detach().requires_grad_()
+    second = model.second(ids).detach().requires_grad_()
+    score = model.head(first.relu().mean(1) + second.mean(1))[:, 1]
+    g1, g2 = torch.autograd.grad(score.sum(), (first, second))
+    expected = (second * g2).sum(-1)
+    expected[:, :-1] += (first * g1).sum(-1)[:, 1:]
+    torch.testing.assert_close(explanation.relevance, expected.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_latents_by_module_path(language_model: nn.Module, batch: dict[str, Tensor]) -> None:
+    """Relevance at every layer, without hooks: bias-free residual streams hand all of it on."""
+    explainer = fxlrp.lrp_compile(language_model, latents=("model.layers.*",))
+    explanation = explainer(**batch)
+    assert "model.layers.0" in explanation.latents
+    assert explanation.latents["model.layers.0"].shape[:2] == batch["input_ids"].shape
+    plain = fxlrp.lrp_compile(language_model)(**batch)
+    torch.testing.assert_close(explanation.relevance, plain.relevance, rtol=1e-4, atol=1e-6)
+    with pytest.raises(fxlrp.InputError, match="matches"):
+        fxlrp.lrp_compile(language_model, latents=("nowhere.*",))(**batch)

@@ -1,1 +1,1 @@
-"""Benchmarks: correctness first, contenders interleaved in one run, medians, devices and versions in the results."""
+"""Benchmarks: correctness first, contenders interleaved in one run, medians, devices and versions."""

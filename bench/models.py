@@ -1,4 +1,4 @@
-"""The models that fxlrp is checked on: unmodified library models built from configs, tiny, with non-trivial weights."""
+"""The models that fxlrp is checked on: unmodified library models from configs, tiny, with random weights."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ class Case:
     inputs: str = "ids"
     attentions: tuple[str, ...] = ("sdpa", "eager")
 
-    def model(self, attention: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-        """The model in eval mode; all biases and norm weights are random, since zeros and ones hide mistakes."""
+    def model(
+        self, attention: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> nn.Module:
+        """The model in eval mode; biases and norm weights are random, since zeros and ones hide mistakes."""
         torch.manual_seed(seed)
         model = self.build(attention or self.attentions[0])
         generator = torch.Generator().manual_seed(seed + 1)
@@ -41,8 +43,9 @@ class Case:
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         return model.to(dtype).eval()
 
-    def example(self, dtype: torch.dtype = torch.float32, batch: int = 2, length: int = LENGTH,
-                seed: int = 2) -> dict[str, Tensor]:
+    def example(
+        self, dtype: torch.dtype = torch.float32, batch: int = 2, length: int = LENGTH, seed: int = 2
+    ) -> dict[str, Tensor]:
         """Inputs by name; ids come with a right-padded last row."""
         generator = torch.Generator().manual_seed(seed)
         if self.inputs == "pixels":
@@ -53,15 +56,18 @@ class Case:
         if self.inputs == "plain_ids":
             return {"ids": ids}
         mask = torch.ones_like(ids)
-        mask[-1, length - 3:] = 0
+        mask[-1, length - 3 :] = 0
         if self.inputs == "encoder_decoder":
-            return {"input_ids": ids, "attention_mask": mask,
-                    "decoder_input_ids": torch.randint(3, VOCABULARY, (batch, 5), generator=generator)}
+            return {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "decoder_input_ids": torch.randint(3, VOCABULARY, (batch, 5), generator=generator),
+            }
         return {"input_ids": ids, "attention_mask": mask}
 
 
 class CharacterModel(nn.Module):
-    """A hand-written decoder in the style of teaching code: fused qkv, split heads, a tied head, logits and a loss."""
+    """A hand-written decoder as teaching code has it: fused qkv, split heads, tied head, logits and loss."""
 
     def __init__(self, attention: str, width: int = WIDTH, heads: int = 4, layers: int = 2) -> None:
         super().__init__()
@@ -74,11 +80,15 @@ class CharacterModel(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * layers + 1))
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         self.head.weight = self.tokens.weight
-        self.register_buffer("causal", torch.tril(torch.ones(256, 256)).view(1, 1, 256, 256), persistent=False)
+        self.register_buffer(
+            "causal", torch.tril(torch.ones(256, 256)).view(1, 1, 256, 256), persistent=False
+        )
 
     def _mix(self, x: Tensor, i: int) -> Tensor:
         batch, length, width = x.shape
-        q, k, v = (t.view(batch, length, self.heads, -1).transpose(1, 2) for t in self.qkv[i](x).split(width, dim=2))
+        q, k, v = (
+            t.view(batch, length, self.heads, -1).transpose(1, 2) for t in self.qkv[i](x).split(width, dim=2)
+        )
         if self.attention == "sdpa":
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -92,7 +102,9 @@ class CharacterModel(nn.Module):
         for i in range(len(self.qkv)):
             x = x + self._mix(self.norms[2 * i](x), i)
             h = self.up[i](self.norms[2 * i + 1](x))
-            x = x + self.down[i](0.5 * h * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (h + 0.044715 * h**3))))
+            x = x + self.down[i](
+                0.5 * h * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (h + 0.044715 * h**3)))
+            )
         return self.head(self.norms[-1](x)[:, [-1], :]), None
 
 
@@ -101,8 +113,9 @@ class Encoder(nn.Module):
 
     def __init__(self, norm_first: bool) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, batch_first=True, norm_first=norm_first,
-                                           activation="gelu")
+        layer = nn.TransformerEncoderLayer(
+            WIDTH, 4, 2 * WIDTH, batch_first=True, norm_first=norm_first, activation="gelu"
+        )
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(WIDTH, 5)
@@ -134,17 +147,33 @@ def _library(task: str, config: str, **settings: Any) -> Callable[[str], nn.Modu
         import transformers
 
         made = getattr(transformers, config)(**settings)
-        model: nn.Module = getattr(transformers, f"AutoModelFor{task}").from_config(made, attn_implementation=attention)
+        model: nn.Module = getattr(transformers, f"AutoModelFor{task}").from_config(
+            made, attn_implementation=attention
+        )
         return model
 
     return build
 
 
-_DECODER = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "vocab_size": VOCABULARY, "head_dim": 16}
+_DECODER = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 2 * WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "head_dim": 16,
+}
 _ENCODER = {k: v for k, v in _DECODER.items() if k not in ("num_key_value_heads", "head_dim")}
-_SEQ2SEQ = {"d_model": WIDTH, "d_ff": 2 * WIDTH, "num_layers": 2, "num_heads": 4, "d_kv": 16,
-            "vocab_size": VOCABULARY, "decoder_start_token_id": 0}
+_SEQ2SEQ = {
+    "d_model": WIDTH,
+    "d_ff": 2 * WIDTH,
+    "num_layers": 2,
+    "num_heads": 4,
+    "d_kv": 16,
+    "vocab_size": VOCABULARY,
+    "decoder_start_token_id": 0,
+}
 _EXPERTS = {"num_experts_per_tok": 2}
 
 
@@ -159,22 +188,60 @@ CASES: tuple[Case, ...] = (
     Case("Qwen3", _decoder("Qwen3Config")),
     Case("Gemma 2", _decoder("Gemma2Config", sliding_window=4), attentions=("eager",)),
     Case("Gemma 3", _decoder("Gemma3TextConfig", sliding_window=4)),
-    Case("GPT-2", _library("CausalLM", "GPT2Config", n_embd=WIDTH, n_layer=2, n_head=4, vocab_size=VOCABULARY,
-                           bos_token_id=0, eos_token_id=0)),
+    Case(
+        "GPT-2",
+        _library(
+            "CausalLM",
+            "GPT2Config",
+            n_embd=WIDTH,
+            n_layer=2,
+            n_head=4,
+            vocab_size=VOCABULARY,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+    ),
     Case("GPT-NeoX", _library("CausalLM", "GPTNeoXConfig", **_ENCODER)),
     Case("OLMo 2", _decoder("Olmo2Config")),
-    Case("Granite", _decoder("GraniteConfig", logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.2,
-                             embedding_multiplier=3.0)),
+    Case(
+        "Granite",
+        _decoder(
+            "GraniteConfig",
+            logits_scaling=2.0,
+            residual_multiplier=0.5,
+            attention_multiplier=0.2,
+            embedding_multiplier=3.0,
+        ),
+    ),
     Case("Mixtral", _decoder("MixtralConfig", num_local_experts=4, **_EXPERTS)),
     Case("Qwen3-MoE", _decoder("Qwen3MoeConfig", num_experts=4, moe_intermediate_size=32, **_EXPERTS)),
     Case("BERT classifier", _library("SequenceClassification", "BertConfig", **_ENCODER, num_labels=3)),
-    Case("RoBERTa classifier", _library("SequenceClassification", "RobertaConfig", **_ENCODER, pad_token_id=1)),
+    Case(
+        "RoBERTa classifier", _library("SequenceClassification", "RobertaConfig", **_ENCODER, pad_token_id=1)
+    ),
     Case("T5", _library("Seq2SeqLM", "T5Config", **_SEQ2SEQ), "encoder_decoder"),
-    Case("Flan-T5", _library("Seq2SeqLM", "T5Config", **_SEQ2SEQ, feed_forward_proj="gated-gelu",
-                             tie_word_embeddings=False), "encoder_decoder"),
-    Case("ViT", _library("ImageClassification", "ViTConfig", hidden_size=WIDTH, intermediate_size=2 * WIDTH,
-                         num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8, num_labels=5),
-         "pixels"),
+    Case(
+        "Flan-T5",
+        _library(
+            "Seq2SeqLM", "T5Config", **_SEQ2SEQ, feed_forward_proj="gated-gelu", tie_word_embeddings=False
+        ),
+        "encoder_decoder",
+    ),
+    Case(
+        "ViT",
+        _library(
+            "ImageClassification",
+            "ViTConfig",
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=8,
+            num_labels=5,
+        ),
+        "pixels",
+    ),
     Case("nn.TransformerEncoder (post-norm)", lambda attention: Encoder(False), attentions=("sdpa",)),
     Case("nn.TransformerEncoder (pre-norm)", lambda attention: Encoder(True), attentions=("sdpa",)),
     Case("nn.MultiheadAttention", lambda attention: Attention(), "floats", ("sdpa",)),

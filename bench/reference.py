@@ -13,8 +13,8 @@ _EMBEDDED = ("input_ids", "decoder_input_ids", "ids")
 def gradient_times_input(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """The predicted class's or next token's logit, and its gradient times input.
 
-    Integer ids are explained at the output of their embedding, summed over the hidden size; the lookups are told by
-    the ids that they are called with.
+    Integer ids are explained at the output of their embedding, summed over the hidden size; the lookups are
+    told by the ids that they are called with.
 
     Returns:
         The explained scalars ``[batch]`` and relevance by input name.
@@ -24,8 +24,12 @@ def gradient_times_input(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[T
 
     def catch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         for name in _EMBEDDED:
-            if name in inputs and name not in lookups and args[0].shape == inputs[name].shape and torch.equal(
-                    args[0], inputs[name]):
+            if (
+                name in inputs
+                and name not in lookups
+                and args[0].shape == inputs[name].shape
+                and torch.equal(args[0], inputs[name])
+            ):
                 lookups[name] = output.detach().requires_grad_()
                 return lookups[name]
         return None

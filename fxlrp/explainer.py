@@ -13,40 +13,50 @@ from torch import Tensor, fx, nn
 
 from .compiler.canonicalize import Canonical, canonicalize
 from .compiler.capture import TRACE, Captured, capture, compare, identifier, run_model
-from .compiler.graphs import outputs, value
+from .compiler.graphs import outputs, placeholders, value
 from .compiler.inputs import Bound, bind, check, fingerprint, plain_region
 from .compiler.latents import find
 from .compiler.ledger import account
 from .compiler.lower import Runner, lower
 from .compiler.pipeline import Program, Rows, build
 from .compiler.plan import Plan
+from .compiler.provenance import module_path, source_line
 from .compiler.seed import Seed, float_outputs
+from .compiler.shapes import Shapes
 from .compiler.verify import verify_functional
 from .errors import CaptureError, FxlrpError, InputError, NonFiniteError, TargetError, place
-from .compiler.provenance import module_path, source_line
 from .explanation import Explanation, one_or_many
 from .ledger import Ledger
 from .rules import Composite, as_composite
 from .targets import Function, Target, as_target, operand_tensors, resolve
 
-#: Inputs that say which positions are padding, by the names that libraries use; for a decoder's output its own first.
+#: Inputs that say which positions are padding, by the names that libraries use; for a decoder's output its
+#: own first.
 _MASKS = ("decoder_attention_mask", "attention_mask", "padding_mask", "mask")
 
 
-def lrp_compile(model: nn.Module, composite: str | Composite = "attnlrp", backend: str = "auto", dynamic: bool = True,
-                strict: bool = True, latents: tuple[str, ...] = ()) -> Explainer:
+def lrp_compile(
+    model: nn.Module,
+    composite: str | Composite = "attnlrp",
+    backend: str = "auto",
+    dynamic: bool = True,
+    strict: bool = True,
+    latents: tuple[str, ...] = (),
+) -> Explainer:
     """Compile a model into its layer-wise relevance propagation.
 
-    Tracing happens at the first call, with that call's inputs. The model is left as it is: no patches, no hooks, no
-    copies of its weights.
+    Tracing happens at the first call, with that call's inputs. The model is left as it is: no patches, no
+    hooks, no copies of its weights.
 
     Args:
         model: any module that maps tensors to tensors.
         composite: ``"attnlrp"``, ``"cp"``, ``"ali"``, ``"gradient"``, or a :class:`fxlrp.Composite`.
-        backend: ``"eager"``, ``"inductor"``, or ``"auto"``: inductor where there is a GPU, eager else (on a CPU,
-            compiling takes longer than many explanations do).
-        dynamic: trace once for all batch sizes and lengths; where that does not generalise, or on False, once a shape.
-        strict: refuse nonlinear ops without a rule; False takes a first-order Taylor step and says so in the plan.
+        backend: ``"eager"``, ``"inductor"``, or ``"auto"``: inductor where there is a GPU, eager else (on a
+            CPU, compiling takes longer than many explanations do).
+        dynamic: trace once for all batch sizes and lengths; where that does not generalise, or on False, once
+            a shape.
+        strict: refuse nonlinear ops without a rule; False takes a first-order Taylor step and says so in the
+            plan.
         latents: module paths (wildcards allowed) whose outputs' relevance is returned too.
 
     Returns:
@@ -68,11 +78,20 @@ class _Trace:
     verified: set[tuple[bool, ...]]
     values: tuple[Tensor, ...] | None
 
+    def is_spoilt(self) -> bool:
+        """Whether what was built on the trace fixed sizes that it was captured as changeable."""
+        placed = [value(node) for node in placeholders(self.captured.graph.graph)]
+        return Shapes.of(placed).sizes != self.captured.shapes.sizes
+
     def admits(self, bound: Bound) -> bool:
         """Whether the trace may be used for these inputs."""
         if not self.captured.shapes.admit(bound.tensors):
             return False
         return self.values is None or all(map(torch.equal, self.values, bound.tensors))
+
+
+#: Programs of target functions that are kept; a function made anew for each call would fill the memory.
+_KEPT_FUNCTIONS = 8
 
 
 @dataclass(eq=False)
@@ -97,16 +116,19 @@ class Explainer:
 
     def __post_init__(self) -> None:
         self._parameters = tuple(inspect.signature(self.model.forward).parameters)
-        lower(None, self.backend, torch.device("cpu"))  # refuses an unknown backend now and not at the first call
+        lower(
+            None, self.backend, torch.device("cpu")
+        )  # refuses an unknown backend now and not at the first call
 
     def __call__(self, *args: Any, target: Any = None, **kwargs: Any) -> Explanation:
         """Explain one call.
 
         Args:
             *args: the model's own.
-            target: what is explained: None for the predicted class (for a language model the predicted next token
-                after the last unpadded position), an int or a LongTensor ``[batch]`` of classes, a target object
-                (:class:`fxlrp.Logit`, :class:`fxlrp.LogitDifference`), or a function of the model's output.
+            target: what is explained: None for the predicted class (for a language model the predicted next
+                token after the last unpadded position), an int or a LongTensor ``[batch]`` of classes, a
+                target object (:class:`fxlrp.Logit`, :class:`fxlrp.LogitDifference`), or a function of the
+                model's output.
             **kwargs: the model's own.
 
         Raises:
@@ -131,16 +153,19 @@ class Explainer:
         self._refuse_nonfinite(bound, program, relevance, scalar)
         names = tuple(self._names(bound)[n] for n in program.relevance.names)
         return Explanation(
-            one_or_many(names, relevance), scalar, one_or_many(names, coefficients),
+            one_or_many(names, relevance),
+            scalar,
+            one_or_many(names, coefficients),
             {name: r for name, (r, _) in zip(program.relevance.latents, latents, strict=True)},
             lambda: self._run_model(bound),
-            lambda: self._account(program, bound, operands))
+            lambda: self._account(program, bound, operands),
+        )
 
     def with_composite(self, composite: str | Composite) -> Explainer:
         """An explainer of the same model by other rules; what was traced already is not traced again."""
         return dataclasses.replace(self, composite=as_composite(composite), _programs={}, _last=None)
 
-    # -- what a call has compiled -------------------------------------------------------------------------------
+    # -- what a call has compiled ----------------------------------------------------------------------------
 
     @property
     def plan(self) -> Plan:
@@ -149,25 +174,29 @@ class Explainer:
 
     @property
     def rule_graph(self) -> fx.GraphModule:
-        """The model's forward with rule nodes in place of ops; of the last call. Takes the model's tensor inputs."""
+        """The model's forward with rule nodes in place of ops; of the last call. Takes its tensor inputs."""
         return self._of_last_call()[0].rule_graph
 
     @property
     def relevance_graph(self) -> fx.GraphModule:
-        """From the model's tensor inputs (and the target's indices) to ``(relevance, value, coefficients, latents)``."""
+        """From tensor inputs (and target indices) to ``(relevance, value, coefficients, latents)``."""
         return self._of_last_call()[0].relevance.graph
 
     def _of_last_call(self) -> tuple[Program, Runner]:
         if self._last is None:
-            raise CaptureError("Nothing is compiled yet: tracing happens at the first call. Call the explainer once.")
+            raise CaptureError(
+                "Nothing is compiled yet: tracing happens at the first call. Call the explainer once."
+            )
         return self._last
 
     def __repr__(self) -> str:
         state = f"{len(self._programs)} programs" if self._programs else "not traced yet"
-        return (f"<fxlrp.Explainer of {type(self.model).__name__}: {self.composite.title}, backend {self.backend}, "
-                f"{state}>")
+        return (
+            f"<fxlrp.Explainer of {type(self.model).__name__}: {self.composite.title}, "
+            f"backend {self.backend}, {state}>"
+        )
 
-    # -- stages -------------------------------------------------------------------------------------------------
+    # -- stages ----------------------------------------------------------------------------------------------
 
     def _trace(self, bound: Bound) -> _Trace:
         key = (bound.key, fingerprint(self.model))
@@ -175,20 +204,29 @@ class Explainer:
         for trace in traces:
             if trace.admits(bound) and self._verified(trace, bound):
                 return trace
-        captured = capture(self.model, bound, dynamic=self.dynamic)
+        trace = self._capture(bound, dynamic=self.dynamic)
+        # A trace of one input serves that input only: one is enough.
+        self._traces[key] = [t for t in traces if t.values is None or trace.values is None] + [trace]
+        return trace
+
+    def _capture(self, bound: Bound, *, dynamic: bool) -> _Trace:
+        captured = capture(self.model, bound, dynamic=dynamic)
         canonical = canonicalize(verify_functional(captured.graph))
-        difference = compare(Captured(canonical.graph, captured.outputs, captured.shapes, "", ()), bound,
-                             run_model(self.model, bound), floor=1e-6)
+        difference = compare(
+            Captured(canonical.graph, captured.outputs, captured.shapes, "", ()),
+            bound,
+            run_model(self.model, bound),
+            floor=1e-6,
+        )
         if difference is not None:
             raise CaptureError(f"Canonicalisation changed the model: {difference}. This is a bug of fxlrp.")
         values = tuple(t.clone() for t in bound.tensors) if captured.method == TRACE else None
-        trace = _Trace(captured, canonical, {_ones(bound)}, values)
-        traces.append(trace)
-        return trace
+        return _Trace(captured, canonical, {_ones(bound)}, values)
 
     def _verified(self, trace: _Trace, bound: Bound) -> bool:
-        """A dynamic trace takes sizes for 2 or more; on the first inputs with other sizes of 1 it is compared with
-        the model."""
+        """A dynamic trace takes sizes for 2 or more; on the first inputs with other sizes of 1 it is compared
+        with the model.
+        """
         ones = _ones(bound)
         if ones not in trace.verified:
             if compare(trace.captured, bound, run_model(self.model, bound)) is not None:
@@ -198,20 +236,45 @@ class Explainer:
 
     def _program(self, trace: _Trace, bound: Bound, target: Target) -> tuple[Program, Runner]:
         rows, seed = self._seed(trace, bound, target)
-        key = (id(trace), target.key, rows)
+        key = (trace, target.key, rows)
         if key not in self._programs:
             notes = (f"captured by {trace.captured.method}", *trace.captured.notes)
-            program = build(trace.canonical, self.composite, seed, rows, strict=self.strict,
-                            latents=self._latent_nodes(trace), notes=notes)
-            self._programs[key] = (program, lower(program.relevance.graph, self.backend, bound.tensors[0].device))
+            program = build(
+                trace.canonical,
+                self.composite,
+                seed,
+                rows,
+                strict=self.strict,
+                latents=self._latent_nodes(trace),
+                notes=notes,
+            )
+            if trace.is_spoilt():
+                # A target function that reads tensors of this batch's size fixed the trace's sizes.
+                key_of_traces = (bound.key, fingerprint(self.model))
+                self._traces[key_of_traces] = [t for t in self._traces[key_of_traces] if t is not trace]
+                fixed = self._capture(bound, dynamic=False)
+                self._traces[key_of_traces].append(fixed)
+                return self._program(fixed, bound, target)
+            if isinstance(target, Function):
+                self._forget_functions()
+            self._programs[key] = (
+                program,
+                lower(program.relevance.graph, self.backend, bound.tensors[0].device),
+            )
         return self._programs[key]
+
+    def _forget_functions(self) -> None:
+        functions = [key for key in self._programs if key[1][0] == "Function"]
+        for key in functions[: max(0, len(functions) - _KEPT_FUNCTIONS + 1)]:
+            del self._programs[key]
 
     def _seed(self, trace: _Trace, bound: Bound, target: Target) -> tuple[Rows | None, Seed]:
         flat = outputs(trace.canonical.graph.graph)
         if isinstance(target, Function):
             indices = float_outputs(flat)
-            return None, Seed(_FunctionScore(target, trace.captured, indices), indices, (), None,
-                              bound.tensors[0].device)
+            return None, Seed(
+                _FunctionScore(target, trace.captured, indices), indices, (), None, bound.tensors[0].device
+            )
         index = self._logits(trace)
         logits = value(flat[index])
         names = tuple(f"target_{name}" for name in target.indices)
@@ -226,13 +289,17 @@ class Explainer:
         index = trace.captured.outputs.logits()
         if index is None:
             raise TargetError(
-                f"The model returns {trace.captured.outputs.describe()}: no logits to explain. Say what to explain with "
-                "a function of the output: explainer(…, target=lambda output: output.…[:, 0]).")
+                f"The model returns {trace.captured.outputs.describe()}: no logits to explain. "
+                "Say what to explain with a function of the output: "
+                "explainer(…, target=lambda output: output.…[:, 0])."
+            )
         logits = value(outputs(trace.canonical.graph.graph)[index])
         if not logits.is_floating_point() or logits.dim() not in (1, 2, 3):
             raise TargetError(
                 f"The output has shape {tuple(logits.shape)} and dtype {logits.dtype}; classes are read off "
-                "[batch, classes] or [batch, sequence, classes]. Say what to explain with a function of the output.")
+                "[batch, classes] or [batch, sequence, classes]. "
+                "Say what to explain with a function of the output."
+            )
         return index
 
     def _mask(self, trace: _Trace, bound: Bound, index: int) -> str | None:
@@ -254,8 +321,12 @@ class Explainer:
         shape = self._output_shape(trace, bound, index)
         mask_name = self._mask(trace, bound, index) if len(shape) == 3 else None
         by_identifier = {identifier(name): t for name, t in bound.by_name.items()}
-        return resolve(target, shape if len(shape) > 1 else (*shape, 1), bound.tensors[0].device,
-                       None if mask_name is None else by_identifier[mask_name])
+        return resolve(
+            target,
+            shape if len(shape) > 1 else (*shape, 1),
+            bound.tensors[0].device,
+            None if mask_name is None else by_identifier[mask_name],
+        )
 
     def _output_shape(self, trace: _Trace, bound: Bound, index: int) -> tuple[int, ...]:
         fake = value(outputs(trace.canonical.graph.graph)[index])
@@ -267,17 +338,19 @@ class Explainer:
     def _latent_nodes(self, trace: _Trace) -> Mapping[str, str]:
         return find(trace.canonical.graph, self.latents) if self.latents else {}
 
-    # -- running ------------------------------------------------------------------------------------------------
+    # -- running ---------------------------------------------------------------------------------------------
 
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Explanation:
-        """A call inside ``torch.compile``: the last call's relevance graph, inlined into the user's function."""
+        """A call inside ``torch.compile``: the last call's relevance graph, inlined into the caller."""
         program = self._of_last_call()[0]
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         tensors = [given[name].detach() for name in self._last_names]
         wanted = as_target(target)
         operands = operand_tensors(wanted, tensors[0].shape[0], tensors[0].device)
         if len(operands) != len(program.seed.operand_names) + (self._last_position is not None):
-            raise TargetError("Explain once outside of torch.compile with the same kind of target, so that it is traced.")
+            raise TargetError(
+                "Explain once outside of torch.compile with the same kind of target, so that it is traced."
+            )
         relevance, scalar, coefficients, _ = program.relevance.graph(*tensors, *operands)
         names = program.relevance.names
         return Explanation(one_or_many(names, relevance), scalar, one_or_many(names, coefficients))
@@ -289,11 +362,16 @@ class Explainer:
 
     def _account(self, program: Program, bound: Bound, operands: tuple[Tensor, ...]) -> Ledger:
         with plain_region():
-            return Ledger.of(account(program.rule_graph, program.plan.sources, program.seed,
-                                     (*bound.tensors, *operands)))
+            return Ledger.of(
+                account(program.rule_graph, program.plan.sources, program.seed, (*bound.tensors, *operands))
+            )
 
-    def _refuse_nonfinite(self, bound: Bound, program: Program, relevance: tuple[Tensor, ...], scalar: Tensor) -> None:
-        total = sum((r.detach().abs().sum().float() for r in relevance), start=scalar.detach().abs().sum().float())
+    def _refuse_nonfinite(
+        self, bound: Bound, program: Program, relevance: tuple[Tensor, ...], scalar: Tensor
+    ) -> None:
+        total = sum(
+            (r.detach().abs().sum().float() for r in relevance), start=scalar.detach().abs().sum().float()
+        )
         if bool(torch.isfinite(total)):
             return
         for name, tensor in bound.by_name.items():
@@ -301,9 +379,13 @@ class Explainer:
                 raise NonFiniteError(f"Input '{name}' contains NaN or infinity.")
         if bool(torch.isfinite(scalar).all()):
             raise NonFiniteError(
-                "The explained value is finite but relevance is not: a coefficient overflowed, as half precision and "
-                "rules that are not conservative can do. Explain in bfloat16 or float32, or use composite='cp'.")
-        raise NonFiniteError(f"The model's output is NaN or infinite on this input{_first_nonfinite(program, bound)}.")
+                "The explained value is finite but relevance is not: a coefficient overflowed, as half "
+                "precision and rules that are not conservative can do. "
+                "Explain in bfloat16 or float32, or use composite='cp'."
+            )
+        raise NonFiniteError(
+            f"The model's output is NaN or infinite on this input{_first_nonfinite(program, bound)}."
+        )
 
 
 def _first_nonfinite(program: Program, bound: Bound) -> str:
@@ -312,8 +394,14 @@ def _first_nonfinite(program: Program, bound: Bound) -> str:
 
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
-            if (self.found is None and n.op == "call_function" and isinstance(result, Tensor)
-                    and result.is_floating_point() and n in program_nodes and not bool(torch.isfinite(result).all())):
+            if (
+                self.found is None
+                and n.op == "call_function"
+                and isinstance(result, Tensor)
+                and result.is_floating_point()
+                and n in program_nodes
+                and not bool(torch.isfinite(result).all())
+            ):
                 self.found = n
             return result
 
@@ -329,7 +417,9 @@ def _first_nonfinite(program: Program, bound: Bound) -> str:
         return ""
     if finder.found is None:
         return ""
-    return f"; first at '{finder.found.name}' in {place(module_path(finder.found), source_line(finder.found))}"
+    return (
+        f"; first at '{finder.found.name}' in {place(module_path(finder.found), source_line(finder.found))}"
+    )
 
 
 def _ones(bound: Bound) -> tuple[bool, ...]:
@@ -364,6 +454,8 @@ class _FunctionScore:
         scalar = self.target.function(self.captured.outputs.rebuild(tensors))
         if not isinstance(scalar, Tensor) or scalar.dim() > 1:
             shape = f"of shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
-            raise TargetError(f"A target function returns one scalar per sample, [batch]; this one returned a result "
-                              f"{shape}.")
+            raise TargetError(
+                f"A target function returns one scalar per sample, [batch]; this one returned a result "
+                f"{shape}."
+            )
         return scalar if scalar.dim() else scalar.unsqueeze(0)

@@ -21,8 +21,8 @@ class Explanation:
     """Relevance of the inputs for one scalar of the output.
 
     Attributes:
-        relevance: for token ids ``[batch, sequence]`` (summed over the hidden size), for float inputs their own shape;
-            a dict by input name where several inputs are explained.
+        relevance: for token ids ``[batch, sequence]`` (summed over the hidden size), for float inputs their
+            own shape; a dict by input name where several inputs are explained.
         value: the explained scalars, ``[batch]``.
         coefficients: what relevance is a product with: ``relevance = (input or embedding) * coefficient``; as
             ``relevance``, but ``[batch, sequence, hidden]`` for token ids.
@@ -38,16 +38,20 @@ class Explanation:
 
     @cached_property
     def output(self) -> Any:
-        """The model's own output, computed when first read: the relevance graph skips what the target does not need."""
+        """The model's own output, computed when first read: the graph skips what no target needs."""
         if self._output is None:
-            raise RuntimeError("An explanation made inside torch.compile does not hold its inputs; call the model.")
+            raise RuntimeError(
+                "An explanation made inside torch.compile does not hold its inputs; call the model."
+            )
         return self._output()
 
     @cached_property
     def ledger(self) -> Ledger:
         """Where the relevance went: one more forward and, per sample, backward pass when first read."""
         if self._ledger is None:
-            raise RuntimeError("An explanation made inside torch.compile does not hold its inputs; explain once outside.")
+            raise RuntimeError(
+                "An explanation made inside torch.compile does not hold its inputs; explain once outside."
+            )
         return self._ledger()
 
     def __repr__(self) -> str:
@@ -64,5 +68,3 @@ class Explanation:
 def one_or_many(names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> Relevance:
     """A tensor by itself, several as a dict by name."""
     return tensors[0] if len(tensors) == 1 else dict(zip(names, tensors, strict=True))
-
-

@@ -19,9 +19,9 @@ class Ledger:
     Attributes:
         value: the explained scalars ``[batch]``, float64.
         inputs: relevance of each explained input, ``[batch]`` each.
-        entries: what each node absorbed, and why: ``bias``, ``epsilon``, ``frozen`` operands, ``constant`` inputs
-            (position embeddings, class tokens), ``remainder`` of Taylor steps, ``target`` for what a nonlinear target
-            function leaves over.
+        entries: what each node absorbed, and why: ``bias``, ``epsilon``, ``frozen`` operands, ``constant``
+            inputs (position embeddings, class tokens), ``remainder`` of Taylor steps, ``target`` for what a
+            nonlinear target function leaves over.
     """
 
     value: Tensor
@@ -64,13 +64,15 @@ class Ledger:
         return dict(sorted(groups.items(), key=lambda item: -float(item[1].abs().sum())))
 
     def rows(self, sample: int = 0, top: int = 8) -> list[tuple[str, str, float, float]]:
-        """``(where, cause, relevance, share of the value)`` for one sample: inputs, then the largest absorptions."""
+        """``(where, cause, relevance, share)`` for one sample: inputs, then the largest absorptions."""
         value = float(self.value[sample])
 
         def share(amount: float) -> float:
             return amount / value if value else float("nan")
 
-        found = [(name, "input", float(t[sample]), share(float(t[sample]))) for name, t in self.inputs.items()]
+        found = [
+            (name, "input", float(t[sample]), share(float(t[sample]))) for name, t in self.inputs.items()
+        ]
         groups: dict[tuple[str, str], float] = {}
         for entry in self.entries:
             place = (entry.module or entry.node, entry.cause)
@@ -89,12 +91,20 @@ class Ledger:
         rows = self.rows(sample, top)
         width = max(len(where) for where, *_ in rows)
         lines = [f"{'where':<{width}}  {'cause':<10} {'relevance':>12}  {'share':>8}"]
-        lines += [f"{where:<{width}}  {cause:<10} {amount:>12.5g}  {share:>8.2%}" for where, cause, amount, share in rows]
+        lines += [
+            f"{where:<{width}}  {cause:<10} {amount:>12.5g}  {share:>8.2%}"
+            for where, cause, amount, share in rows
+        ]
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        note = "" if len(self.value) == 1 else f"\n(sample 0 of {len(self.value)}; ledger.table(i) shows others)"
+        note = (
+            "" if len(self.value) == 1 else f"\n(sample 0 of {len(self.value)}; ledger.table(i) shows others)"
+        )
         return self.table() + note
 
     def __repr__(self) -> str:
-        return f"<fxlrp.Ledger of {len(self.value)} samples, {len(self.entries)} entries, residual {self.residual:.1e}>"
+        return (
+            f"<fxlrp.Ledger of {len(self.value)} samples, {len(self.entries)} entries, "
+            f"residual {self.residual:.1e}>"
+        )

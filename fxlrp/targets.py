@@ -17,11 +17,11 @@ Index = int | Tensor
 
 @dataclass(frozen=True, eq=False)
 class Target(abc.ABC):
-    """A scalar per sample, read off the logits ``[batch, classes]`` or, at one position, ``[batch, sequence, vocabulary]``.
+    """A scalar per sample of logits ``[batch, classes]`` or, at one position, ``[batch, sequence, vocab]``.
 
     Attributes:
-        position: for sequence outputs, the position whose logits are read: an int (negative counts from the end) or a
-            LongTensor ``[batch]``; None for the last one that is not padding.
+        position: for sequence outputs, the position whose logits are read: an int (negative counts from the
+            end) or a LongTensor ``[batch]``; None for the last one that is not padding.
     """
 
     #: Fields that hold class indices, in the order in which ``score`` takes them.
@@ -34,12 +34,12 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def score(self, logits: Tensor, indices: Sequence[Tensor]) -> Tensor:
-        """The explained scalars ``[batch]`` of logits ``[batch, classes]``; indices are LongTensors ``[batch]``."""
+        """Explained scalars ``[batch]`` of logits ``[batch, classes]``, indices LongTensors ``[batch]``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Predicted(Target):
-    """The predicted class: the largest logit, at the given or the last unpadded position. The default target."""
+    """The predicted class: the largest logit at the given or last unpadded position. The default target."""
 
     position: Index | None = None
 
@@ -97,7 +97,7 @@ class Function(Target):
 
 
 def as_target(target: Any) -> Target:
-    """A target from what users write: None, an int, a LongTensor of classes, a Target or a function of the output.
+    """A target of what users write: None, an int, a LongTensor of classes, a Target, a function of outputs.
 
     Raises:
         TargetError: anything else.
@@ -106,8 +106,10 @@ def as_target(target: Any) -> Target:
         return Predicted()
     if isinstance(target, Target):
         return target
-    if isinstance(target, bool) or (isinstance(target, Tensor) and (
-            target.is_floating_point() or target.is_complex() or target.dtype is torch.bool)):
+    if isinstance(target, bool) or (
+        isinstance(target, Tensor)
+        and (target.is_floating_point() or target.is_complex() or target.dtype is torch.bool)
+    ):
         raise TargetError(f"A target's class is an int or a LongTensor [batch], not {_kind(target)}.")
     if isinstance(target, (int, Tensor)):
         return Logit(target)
@@ -116,11 +118,14 @@ def as_target(target: Any) -> Target:
     if callable(target):
         return Function(target)
     raise TargetError(
-        f"A target is None (the predicted class), an int, a LongTensor [batch], a target object as fxlrp.Logit, or a "
-        f"function of the model's output; got {_kind(target)}.")
+        f"A target is None (the predicted class), an int, a LongTensor [batch], a target object as "
+        f"fxlrp.Logit, or a function of the model's output; got {_kind(target)}."
+    )
 
 
-def resolve(target: Target, shape: Sequence[int], device: torch.device, mask: Tensor | None) -> tuple[Tensor, ...]:
+def resolve(
+    target: Target, shape: Sequence[int], device: torch.device, mask: Tensor | None
+) -> tuple[Tensor, ...]:
     """Position and indices of a target as LongTensors ``[batch]``, checked against logits of this shape.
 
     In the order in which the relevance graph takes them: the position, which chooses rows, comes first.
@@ -135,12 +140,16 @@ def resolve(target: Target, shape: Sequence[int], device: torch.device, mask: Te
         TargetError: out of range, of the wrong shape, or on a padded position.
     """
     batch, classes = shape[0], shape[-1]
-    values = [_checked(name, getattr(target, name), batch, classes, "classes", device) for name in target.indices]
+    values = [
+        _checked(name, getattr(target, name), batch, classes, "classes", device) for name in target.indices
+    ]
     position = getattr(target, "position", None)
     if position is not None:
         if len(shape) < 3:
-            raise TargetError(f"The output has shape {tuple(shape)}: it has no positions, so position={position!r} "
-                              "does not apply.")
+            raise TargetError(
+                f"The output has shape {tuple(shape)}: it has no positions, so position={position!r} "
+                "does not apply."
+            )
         chosen = _checked("position", position, batch, shape[1], "positions", device)
         values.insert(0, chosen)
         if mask is not None and mask.shape == (batch, shape[1]):
@@ -149,15 +158,18 @@ def resolve(target: Target, shape: Sequence[int], device: torch.device, mask: Te
                 rows = padded.nonzero().flatten().tolist()
                 raise TargetError(
                     f"Position {chosen[rows[0]].item()} of row {rows[0]} is padding; choose one where "
-                    "attention_mask is 1.")
+                    "attention_mask is 1."
+                )
     return tuple(values)
 
 
 def operand_tensors(target: Target, batch: int, device: torch.device) -> tuple[Tensor, ...]:
-    """The same as :func:`resolve` without its checks, for use inside ``torch.compile``; negative indices not allowed."""
+    """:func:`resolve` without its checks, for use inside ``torch.compile``; negative indices not allowed."""
     names = (("position",) if getattr(target, "position", None) is not None else ()) + target.indices
     values = [getattr(target, name) for name in names]
-    return tuple(value if isinstance(value, Tensor) else torch.full((batch,), value, device=device) for value in values)
+    return tuple(
+        value if isinstance(value, Tensor) else torch.full((batch,), value, device=device) for value in values
+    )
 
 
 def _checked(name: str, value: Index, batch: int, size: int, what: str, device: torch.device) -> Tensor:
@@ -167,8 +179,10 @@ def _checked(name: str, value: Index, batch: int, size: int, what: str, device: 
     if tensor.dim() == 0:
         tensor = tensor.expand(batch)
     if tensor.shape != (batch,):
-        raise TargetError(f"The target's {name} has shape {tuple(tensor.shape)}; it is one per sample, so an int or "
-                          f"shape ({batch},).")
+        raise TargetError(
+            f"The target's {name} has shape {tuple(tensor.shape)}; it is one per sample, so an int or "
+            f"shape ({batch},)."
+        )
     if bool(((tensor < -size) | (tensor >= size)).any()):
         wrong = tensor[(tensor < -size) | (tensor >= size)][0].item()
         raise TargetError(f"The target's {name} {wrong} is out of range: the output has {size} {what}.")

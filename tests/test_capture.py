@@ -92,7 +92,16 @@ class RepeatedTensor(Block):
         return self.last(x * x + torch.cat([x, x], -1)[:, :6] * x)
 
 
-MODELS = [NoGrad, InPlace, MutatedView, AliasedLater, InPlaceInNoGrad, Autocast, RepeatedTensor, BranchesOnData]
+MODELS = [
+    NoGrad,
+    InPlace,
+    MutatedView,
+    AliasedLater,
+    InPlaceInNoGrad,
+    Autocast,
+    RepeatedTensor,
+    BranchesOnData,
+]
 
 
 def autograd_reference(model: nn.Module, x: Tensor) -> Tensor:
@@ -102,7 +111,7 @@ def autograd_reference(model: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 def test_captured_graph_is_functional_and_equals_the_model(kind: type[nn.Module]) -> None:
-    """Would break: in-place ops left in the graph, regions inlined wrongly, views and their base falling apart."""
+    """Would break: in-place ops left in the graph, regions inlined wrongly, views apart from their base."""
     model, x = kind().eval(), torch.randn(4, 6)
     bound = bind(model, (x,), {})
     captured = capture(model, bound)
@@ -116,7 +125,9 @@ def test_gradient_composite_equals_autograd(kind: type[nn.Module]) -> None:
     model, x = kind().eval(), torch.randn(4, 6)
     explanation = fxlrp.lrp_compile(model, "gradient")(x)
     tolerance = 2e-2 if kind is Autocast else 1e-5
-    torch.testing.assert_close(explanation.relevance, autograd_reference(model, x), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        explanation.relevance, autograd_reference(model, x), rtol=tolerance, atol=tolerance
+    )
     assert explanation.ledger.residual < (1e-2 if kind is Autocast else 1e-4)
 
 
@@ -125,7 +136,8 @@ def test_nothing_flows_through_a_no_grad_region() -> None:
     model, other, x = NoGrad().eval(), Detached().eval(), torch.randn(4, 6)
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(
-        fxlrp.lrp_compile(model)(x).relevance, fxlrp.lrp_compile(other)(x).relevance, rtol=1e-5, atol=1e-6)
+        fxlrp.lrp_compile(model)(x).relevance, fxlrp.lrp_compile(other)(x).relevance, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_ladder_names_its_step() -> None:
@@ -180,7 +192,9 @@ def test_the_model_is_left_as_it_was() -> None:
     model[0].weight.requires_grad_(False)
     model.train()
     model[1].eval()
-    before = {name: (value.clone(), value.data_ptr()) for name, value in model.state_dict(keep_vars=True).items()}
+    before = {
+        name: (value.clone(), value.data_ptr()) for name, value in model.state_dict(keep_vars=True).items()
+    }
     attributes = {name: sorted(vars(module)) for name, module in model.named_modules()}
     explainer = fxlrp.lrp_compile(model)
     explanation = explainer(torch.randn(4, 6))
@@ -228,7 +242,10 @@ def test_one_trace_serves_all_batch_sizes_and_lengths() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embedding, self.block = nn.Embedding(11, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.embedding, self.block = (
+                nn.Embedding(11, 8),
+                nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+            )
             self.head = nn.Linear(8, 3)
 
         def forward(self, ids: Tensor) -> Tensor:

@@ -57,20 +57,33 @@ def test_uncovered_nonlinear_op() -> None:
     assert "remainder" in explanation.ledger.by_cause()
 
 
-@pytest.mark.parametrize(("target", "part"), [
-    (10**6, "out of range"), (-10**6, "out of range"), (torch.tensor([1, 10**6]), "out of range"),
-    (torch.tensor([1, 2, 3]), r"shape \(3,\)"), (torch.tensor([[1], [2]]), r"shape \(2, 1\)"),
-    (torch.tensor([0.5, 1.0]), "LongTensor"), (True, "LongTensor"), ("cat", "target"), (1.5, "target"),
-    (Logit(1, position=7), "out of range"), (Logit(1, position=torch.tensor([6, 6])), "padding"),
-    (Logit(1, position=torch.tensor([6])), "shape"), (lambda output: output.logits[:, -1], "one scalar per sample"),
-    (lambda output: 3.0, "one scalar per sample")])
+@pytest.mark.parametrize(
+    ("target", "part"),
+    [
+        (10**6, "out of range"),
+        (-(10**6), "out of range"),
+        (torch.tensor([1, 10**6]), "out of range"),
+        (torch.tensor([1, 2, 3]), r"shape \(3,\)"),
+        (torch.tensor([[1], [2]]), r"shape \(2, 1\)"),
+        (torch.tensor([0.5, 1.0]), "LongTensor"),
+        (True, "LongTensor"),
+        ("cat", "target"),
+        (1.5, "target"),
+        (Logit(1, position=7), "out of range"),
+        (Logit(1, position=torch.tensor([6, 6])), "padding"),
+        (Logit(1, position=torch.tensor([6])), "shape"),
+        (lambda output: output.logits[:, -1], "one scalar per sample"),
+        (lambda output: 3.0, "one scalar per sample"),
+    ],
+)
 def test_targets(explainer: fxlrp.Explainer, batch: dict[str, Tensor], target: object, part: str) -> None:
     with pytest.raises(fxlrp.TargetError, match=part):
         explainer(**batch, target=target)
 
 
-def test_floats_where_ids_belong_and_the_other_way_round(explainer: fxlrp.Explainer,
-                                                         batch: dict[str, Tensor]) -> None:
+def test_floats_where_ids_belong_and_the_other_way_round(
+    explainer: fxlrp.Explainer, batch: dict[str, Tensor]
+) -> None:
     with pytest.raises(fxlrp.InputError, match="ids"):
         explainer(input_ids=batch["input_ids"].float(), attention_mask=batch["attention_mask"])
     with pytest.raises(fxlrp.InputError, match="dtype"):
@@ -102,12 +115,12 @@ def test_nan_and_infinity(bad: float) -> None:
     x[1, 2] = bad
     with pytest.raises(fxlrp.NonFiniteError, match="Input 'x'"):
         fxlrp.lrp_compile(Head(torch.relu).eval())(x)
-    with pytest.raises(fxlrp.NonFiniteError, match="output is NaN or infinite.*first at"):
+    with pytest.raises(fxlrp.NonFiniteError, match=r"output is NaN or infinite.*first at"):
         fxlrp.lrp_compile(Head(lambda x: x / 0.0).eval())(torch.randn(2, 4))
 
 
 def test_another_device_than_the_weights(explainer: fxlrp.Explainer, batch: dict[str, Tensor]) -> None:
-    with pytest.raises(fxlrp.InputError, match="is on meta.*weights are on cpu"):
+    with pytest.raises(fxlrp.InputError, match=r"is on meta.*weights are on cpu"):
         explainer(**{k: v.to("meta") for k, v in batch.items()})
 
 
@@ -122,7 +135,7 @@ class NoLogits(nn.Module):
 
 def test_no_logits() -> None:
     explainer = fxlrp.lrp_compile(NoLogits().eval())
-    with pytest.raises(fxlrp.TargetError, match="hidden.*function of the output"):
+    with pytest.raises(fxlrp.TargetError, match=r"hidden.*function of the output"):
         explainer(torch.randn(2, 4))
     explanation = explainer(torch.randn(2, 4), target=lambda output: output["hidden"][:, 1])
     assert explanation.relevance.shape == (2, 4)

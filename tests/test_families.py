@@ -29,10 +29,16 @@ def explain_all(model: torch.nn.Module, **inputs: Tensor) -> dict[str, fxlrp.Exp
 
 @PRECISIONS
 @ATTENTIONS
-@pytest.mark.parametrize(("make", "oracle", "side"), [
-    (models.tiny_llama, llama, "left"), (models.tiny_llama, llama, "right"),
-    (models.tiny_gpt2, gpt2, "right"), (models.tiny_bert, bert, "right")],
-    ids=["llama-left", "llama-right", "gpt2", "bert"])
+@pytest.mark.parametrize(
+    ("make", "oracle", "side"),
+    [
+        (models.tiny_llama, llama, "left"),
+        (models.tiny_llama, llama, "right"),
+        (models.tiny_gpt2, gpt2, "right"),
+        (models.tiny_bert, bert, "right"),
+    ],
+    ids=["llama-left", "llama-right", "gpt2", "bert"],
+)
 def test_token_models(make: Any, oracle: Any, side: str, attention: str, dtype: torch.dtype) -> None:
     """Would break: a wrong share, a rule on the wrong operand, a padded position that counts."""
     model = make(0, attention=attention).to(dtype)
@@ -68,4 +74,6 @@ def test_pixels(attention: str, dtype: torch.dtype) -> None:
     pixels = torch.randn(2, model.config.num_channels, size, size, dtype=dtype)
     for composite, explanation in explain_all(model, pixel_values=pixels).items():
         assert explanation.relevance.shape == pixels.shape
-        assert_near(explanation.relevance, vit.explain(model, pixels, composite=composite).relevance, dtype, composite)
+        assert_near(
+            explanation.relevance, vit.explain(model, pixels, composite=composite).relevance, dtype, composite
+        )

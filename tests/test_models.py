@@ -53,7 +53,7 @@ def test_gradient_equals_autograd_and_every_ledger_closes(case: Case) -> None:
 
 @pytest.mark.parametrize("case", EVERY)
 def test_double_precision(case: Case) -> None:
-    """fp64: ledger 1e-9 for every composite, with the attention implementation that the fp32 test trusts least."""
+    """fp64: ledger 1e-9 for every composite, with the attention that the fp32 test trusts least."""
     model = case.model(case.attentions[-1], torch.float64)
     inputs = case.example(torch.float64)
     try:

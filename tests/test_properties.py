@@ -34,8 +34,8 @@ def below(steps: Sequence[Step], value: int, through: Sequence[str]) -> set[int]
 def plain(seed: int) -> bool:
     """Whether the steps are their own canonical form.
 
-    fxlrp counts the factors of nested products through what only moves or scales them, and takes ``x g(x)`` for an
-    activation; the engine explains products as the steps group them.
+    fxlrp counts the factors of nested products through what only moves or scales them, and takes ``x g(x)``
+    for an activation; the engine explains products as the steps group them.
     """
     _, steps = engine.random_graph(seed, SIZE)
     for step in (s for s in steps if s.op == "mul"):
@@ -51,12 +51,12 @@ def plain(seed: int) -> bool:
 seeds = st.integers(0, 9999).filter(plain)
 
 
-def explain(seed: int, composite: str | fxlrp.Composite, target: int) -> tuple[fxlrp.Explanation, list[Tensor]]:
+def explain(
+    seed: int, composite: str | fxlrp.Composite, target: int
+) -> tuple[fxlrp.Explanation, list[Tensor]]:
     """fxlrp's relevance of both inputs; 0 for one that the output does not depend on."""
     inputs, steps = engine.random_graph(seed, SIZE)
-    found = fxlrp.lrp_compile(StepModule(steps), composite=composite)(
-        *inputs, target=lambda output: output[:, target]
-    )
+    found = fxlrp.lrp_compile(StepModule(steps), composite=composite)(*inputs, target=target)
     if isinstance(found.relevance, Tensor):
         names = list(found.ledger.inputs)
         by_name = {names[0]: found.relevance}
@@ -94,11 +94,13 @@ CASES: dict[str, tuple[str | fxlrp.Composite, EngineRules]] = {
 
 
 @pytest.mark.parametrize("name", list(CASES))
-@settings(max_examples=8, derandomize=True, deadline=None, phases=[Phase.generate])
+@settings(max_examples=5, derandomize=True, deadline=None, phases=[Phase.generate])
 @given(seed=seeds, target=st.integers(0, CLASSES - 1))
 def test_relevance_is_the_oracles(name: str, seed: int, target: int) -> None:
-    """Breaks if a rule, a share, the activity, the transposition or a sum over uses of a value is wrong; the ledger
-    part if something is lost unbooked, or the emitted graph is not what the ledger walks through."""
+    """Breaks if a rule, a share, the activity, the transposition or a sum over a value's uses is wrong.
+
+    The ledger's part breaks if something is lost unbooked, or the emitted graph is not what the ledger walks.
+    """
     composite, how = CASES[name]
     found, relevance = explain(seed, composite, target)
     inputs, steps = engine.random_graph(seed, SIZE)
@@ -117,7 +119,7 @@ def test_relevance_is_the_oracles(name: str, seed: int, target: int) -> None:
     assert abs(float(ledger.absorbed.sum()) - lost) <= 1e-8 * scale
 
 
-@settings(max_examples=8, derandomize=True, deadline=None, phases=[Phase.generate])
+@settings(max_examples=5, derandomize=True, deadline=None, phases=[Phase.generate])
 @given(seed=st.integers(0, 9999), target=st.integers(0, CLASSES - 1))
 def test_gradient_times_input(seed: int, target: int) -> None:
     """Breaks if the composite without rules still has one, or the transposition is no derivative."""
@@ -126,6 +128,7 @@ def test_gradient_times_input(seed: int, target: int) -> None:
     leaves = [x.clone().requires_grad_() for x in inputs]
     value = StepModule(steps)(*leaves)[:, target]
     gradients = torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
+    value = value.detach()
     assert error(relevance, [x.detach() * g for x, g in zip(leaves, gradients, strict=True)]) <= 1e-9
     assert float((found.value - value).abs().max()) <= 1e-10
     scale = max(float(R.abs().sum()) for R in relevance) + float(found.value.abs().max())

@@ -64,7 +64,7 @@ class Step:
 def step(
     rule: Rule, op: Callable[..., Any], args: Sequence[Any], active: tuple[int, ...], **kwargs: Any
 ) -> Step:
-    """Run a rule with a random G that is left in ``kwargs['G']`` if given; relevance is value x coefficient."""
+    """Run a rule with the coefficient G of its output; relevance is value x coefficient."""
     G = kwargs.pop("G")
     call = Call(op, tuple(args), kwargs, active)
     found = rule.linearize(call)
@@ -89,7 +89,7 @@ def close(amount: Tensor, expected: Tensor, scale: Tensor) -> None:
 
 
 class TestEpsilon:
-    """Breaks if sigma is wrong, is applied to the input's side, or if bias and stabiliser are booked wrongly."""
+    """Breaks if sigma is wrong, is applied to the input's side, or bias and stabiliser are booked wrongly."""
 
     @pytest.mark.parametrize("eps", EPSILONS)
     @pytest.mark.parametrize("biased", [True, False])
@@ -146,7 +146,7 @@ class TestEpsilon:
 
     @pytest.mark.parametrize("alpha", [1, -0.5])
     def test_add_of_a_multiple(self, alpha: float) -> None:
-        """a + alpha b is the sum of a and of alpha b; a rule that overlooked alpha would give b its own share."""
+        """a + alpha b is the sum of a and of alpha b; overlooking alpha would give b its own share."""
         a, b, G = randn(2, 3), randn(2, 3, seed=1), randn(2, 3, seed=2)
         found = step(Epsilon(0.25), aten.add.Tensor, (a, b), (0, 1), G=G, alpha=alpha)
         expected = oracle.epsilon_add(a, alpha * b, (a + alpha * b) * G, 0.25)
@@ -396,8 +396,7 @@ def attention_case(
 
 
 class TestAttention:
-    """Breaks if a share is not 1/4, 1/4, 1/2, if an inactive operand's share is lost, if masks or groups of heads
-    are ignored, or if the scores' remainder hides an error in the value's share."""
+    """Breaks if a share is not 1/4, 1/4, 1/2, or an inactive operand's share, a mask or a head is lost."""
 
     @pytest.mark.parametrize("active", ACTIVE)
     @pytest.mark.parametrize("heads", [4, 2])
@@ -492,11 +491,11 @@ ACTIVATIONS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], float]] = {
     "pow 3": (aten.pow.Tensor_Scalar, (3,), {}, 0.0),
     "pow 1": (aten.pow.Tensor_Scalar, (1,), {}, 1.0),
 }
-#: Left out until fxlrp is mended: the series of these is short or takes the wrong side, so only |x| >= 1e-4 is tested ...
+#: Left out until fxlrp is mended. The series is short, or of the wrong side: only |x| > 1e-4 is tested.
 NOT_NEAR_ZERO = ("elu", "elu alpha", "selu", "celu", "celu alpha", "relu6 as hardtanh", "relu6")
-#: ... the slope is rounded to float32 ...
+#: The slope is rounded to float32.
 NOT_FLOAT64 = ("leaky_relu", "leaky_relu slope")
-#: ... and the weight is not widened with x.
+#: The weight is not widened with x.
 NOT_HALF = ("prelu",)
 NEAR_ZERO = [s * t for t in (1e-12, 1e-8, 1e-5, 9.9e-5, 1.01e-4, 1e-3) for s in (1, -1)]
 FAR = [s * t for t in (0.1, 0.9, 1.5, 2.9, 3.1, 5.9, 6.1, 12.0, 30.0) for s in (1, -1)]
@@ -522,8 +521,7 @@ def coefficient(name: str, x: Tensor) -> Tensor:
 
 
 class TestIdentity:
-    """Breaks if a closed form belongs to another function, a series is too short for float64, or the branch that is
-    not taken turns the other one into NaN."""
+    """Breaks if a closed form is another function's, a series is short, or the branch not taken makes NaN."""
 
     def test_every_row_is_tested(self) -> None:
         assert {op.__name__.split(".")[0] for op, *_ in ACTIVATIONS.values()} == set(RATIOS)
@@ -545,7 +543,7 @@ class TestIdentity:
     @pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name not in NOT_HALF])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, name: str, dtype: torch.dtype) -> None:
-        """Finite everywhere, and within rounding (of the result, and of float32 inside) of float64's answer."""
+        """Finite everywhere, and within rounding (the result's, and float32's inside) of float64's."""
         x = domain(name, [0.0, *NEAR_ZERO, *FAR], dtype)
         found, expected = coefficient(name, x), coefficient(name, x.double())
         assert torch.isfinite(found).all()
@@ -578,6 +576,9 @@ def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
     return [randn(*shape, seed=n + 1) for n, shape in enumerate(shapes)]
 
 
+TWOS = ([2, 2], [1, 1], [1, 1])
+
+
 def laws() -> dict[str, tuple[Rule, Any, tuple[Any, ...], tuple[int, ...], dict[str, Any]]]:
     x, y, w, b = tensors((2, 3, 4), (2, 3, 4), (4, 4), (4,))
     q, k, v = (randn(2, 2, 3, 4, seed=n + 10) for n in range(3))
@@ -590,7 +591,7 @@ def laws() -> dict[str, tuple[Rule, Any, tuple[Any, ...], tuple[int, ...], dict[
             f"linear {eps}": (Epsilon(eps), aten.linear.default, (x, w, b), (0,)),
             f"linear, weight active {eps}": (Uniform(eps), aten.linear.default, (x, w, b), (0, 1)),
             f"addmm {eps}": (Epsilon(eps), aten.addmm.default, (b, x[0], w), (1,)),
-            f"conv2d {eps}": (Epsilon(eps), aten.conv2d.default, (image, kernel, None, [2, 2], [1, 1], [1, 1], 2), (0,)),
+            f"conv2d {eps}": (Epsilon(eps), aten.conv2d.default, (image, kernel, None, *TWOS, 2), (0,)),
             f"add {eps}": (Epsilon(eps), aten.add.Tensor, (x, y), (0, 1)),
             f"add a constant {eps}": (Structural(eps), aten.add.Tensor, (x, b), (0,)),
             f"sub {eps}": (Structural(eps), aten.sub.Tensor, (x, y), (0, 1)),
@@ -652,7 +653,7 @@ FIRST_ORDER = (Gradient, AttentionRule)
 
 @pytest.mark.parametrize("name", list(LAWS))
 def test_conservation(name: str) -> None:
-    """Breaks if a rule loses or makes relevance that it does not book; from formulas, so not true by construction."""
+    """Breaks if a rule loses or makes relevance that it does not book, from a formula and not as the gap."""
     rule, op, args, active, kwargs = LAWS[name]
     call = Call(op, args, kwargs, active)
     found = rule.linearize(call)

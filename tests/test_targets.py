@@ -31,8 +31,9 @@ def last(mask: Tensor) -> Tensor:
     return mask.sum(1) - 1
 
 
-def test_the_default_is_the_predicted_next_token(language_model: nn.Module, explainer: fxlrp.Explainer,
-                                                 batch: dict[str, Tensor]) -> None:
+def test_the_default_is_the_predicted_next_token(
+    language_model: nn.Module, explainer: fxlrp.Explainer, batch: dict[str, Tensor]
+) -> None:
     logits = language_model(**batch).logits[torch.arange(3), last(batch["attention_mask"])]
     explanation = explainer(**batch)
     torch.testing.assert_close(explanation.value, logits.max(-1).values)
@@ -41,8 +42,9 @@ def test_the_default_is_the_predicted_next_token(language_model: nn.Module, expl
     torch.testing.assert_close(explainer(**batch, target=Predicted()).relevance, explanation.relevance)
 
 
-def test_classes_and_positions(language_model: nn.Module, explainer: fxlrp.Explainer,
-                               batch: dict[str, Tensor]) -> None:
+def test_classes_and_positions(
+    language_model: nn.Module, explainer: fxlrp.Explainer, batch: dict[str, Tensor]
+) -> None:
     logits = language_model(**batch).logits
     rows = torch.arange(3)
     end = last(batch["attention_mask"])
@@ -56,8 +58,10 @@ def test_classes_and_positions(language_model: nn.Module, explainer: fxlrp.Expla
         (Logit(index, position=position), logits[rows, position, index]),
         (LogitDifference(index, 5), logits[rows, end, index] - logits[rows, end, 5]),
         (LogitDifference(2, 5, position=1), logits[:, 1, 2] - logits[:, 1, 5]),
-        (lambda output: output.logits[:, 1, 7] - output.logits[:, 0].mean(-1),
-         logits[:, 1, 7] - logits[:, 0].mean(-1)),
+        (
+            lambda output: output.logits[:, 1, 7] - output.logits[:, 0].mean(-1),
+            logits[:, 1, 7] - logits[:, 0].mean(-1),
+        ),
     ]:
         explanation = explainer(**batch, target=target)
         torch.testing.assert_close(explanation.value, expected, rtol=1e-5, atol=1e-5)
@@ -71,11 +75,16 @@ def test_contrast_is_linear(explainer: fxlrp.Explainer, batch: dict[str, Tensor]
     torch.testing.assert_close(difference, first - second, rtol=1e-4, atol=1e-5)
 
 
-def test_a_function_is_the_same_as_its_target_object(explainer: fxlrp.Explainer, batch: dict[str, Tensor]) -> None:
+def test_a_function_is_the_same_as_its_target_object(
+    explainer: fxlrp.Explainer, batch: dict[str, Tensor]
+) -> None:
     """Without demand slicing: full logits, the same relevance."""
     torch.testing.assert_close(
         explainer(**batch, target=lambda output: output.logits[:, 1, 7]).relevance,
-        explainer(**batch, target=Logit(7, position=1)).relevance, rtol=1e-4, atol=1e-6)
+        explainer(**batch, target=Logit(7, position=1)).relevance,
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_a_nonlinear_target_function_is_booked(explainer: fxlrp.Explainer, batch: dict[str, Tensor]) -> None:
@@ -85,35 +94,40 @@ def test_a_nonlinear_target_function_is_booked(explainer: fxlrp.Explainer, batch
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_is_explained_as_alone(language_model: nn.Module, explainer: fxlrp.Explainer, side: str) -> None:
+def test_a_padded_row_is_explained_as_alone(
+    language_model: nn.Module, explainer: fxlrp.Explainer, side: str
+) -> None:
     """Would break: padding in the softmax, in the position, in a norm over the batch."""
     ids, mask = models.token_batch(1, (7, 4, 5), side)
     together = explainer(input_ids=ids, attention_mask=mask)
     for row, length in enumerate((7, 4, 5)):
         kept = mask[row] == 1
-        alone = explainer(input_ids=ids[row:row + 1, kept], attention_mask=mask[row:row + 1, kept])
+        alone = explainer(input_ids=ids[row : row + 1, kept], attention_mask=mask[row : row + 1, kept])
         assert alone.relevance.shape == (1, length)
         torch.testing.assert_close(together.relevance[row, kept], alone.relevance[0], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(together.value[row], alone.value[0], rtol=1e-5, atol=1e-6)
 
 
-def test_output_is_the_models_own(language_model: nn.Module, explainer: fxlrp.Explainer,
-                                  batch: dict[str, Tensor]) -> None:
+def test_output_is_the_models_own(
+    language_model: nn.Module, explainer: fxlrp.Explainer, batch: dict[str, Tensor]
+) -> None:
     output = explainer(**batch).output
     assert type(output) is type(language_model(**batch))
     torch.testing.assert_close(output.logits, language_model(**batch).logits)
 
 
-def test_relevance_is_embedding_times_coefficient(language_model: nn.Module, explainer: fxlrp.Explainer,
-                                                  batch: dict[str, Tensor]) -> None:
+def test_relevance_is_embedding_times_coefficient(
+    language_model: nn.Module, explainer: fxlrp.Explainer, batch: dict[str, Tensor]
+) -> None:
     explanation = explainer(**batch)
     embedding = language_model.get_input_embeddings()(batch["input_ids"])
     assert explanation.coefficients.shape == embedding.shape
     torch.testing.assert_close((embedding * explanation.coefficients).sum(-1), explanation.relevance)
 
 
-def test_embeddings_as_input_explain_as_their_ids(language_model: nn.Module, explainer: fxlrp.Explainer,
-                                                  batch: dict[str, Tensor]) -> None:
+def test_embeddings_as_input_explain_as_their_ids(
+    language_model: nn.Module, explainer: fxlrp.Explainer, batch: dict[str, Tensor]
+) -> None:
     embedding = language_model.get_input_embeddings()(batch["input_ids"]).detach()
     found = explainer(inputs_embeds=embedding, attention_mask=batch["attention_mask"])
     torch.testing.assert_close(found.relevance.sum(-1), explainer(**batch).relevance, rtol=1e-4, atol=1e-6)
@@ -125,7 +139,9 @@ class TwoTowers(nn.Module):
         self.text, self.types, self.image = nn.Embedding(20, 8), nn.Embedding(2, 8), nn.Linear(12, 8)
         self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
 
-    def forward(self, ids: Tensor, pixels: Tensor, types: Tensor, attention_bias: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, ids: Tensor, pixels: Tensor, types: Tensor, attention_bias: Tensor
+    ) -> dict[str, Tensor]:
         h = self.text(ids) + self.types(types)
         scores = h @ self.mix(h).transpose(1, 2) + attention_bias
         h = scores.softmax(-1) @ h
@@ -136,7 +152,9 @@ def test_several_inputs_give_a_dict() -> None:
     """Text and pixels are explained; type ids count as constants."""
     model = TwoTowers().eval()
     ids, types = torch.randint(0, 20, (2, 5)), torch.randint(0, 2, (2, 5))
-    explanation = fxlrp.lrp_compile(model)(ids, torch.randn(2, 3, 4), types, attention_bias=torch.zeros(2, 5, 5))
+    explanation = fxlrp.lrp_compile(model)(
+        ids, torch.randn(2, 3, 4), types, attention_bias=torch.zeros(2, 5, 5)
+    )
     assert {"ids", "pixels"} <= set(explanation.relevance)
     assert "types" not in explanation.relevance
     assert explanation.relevance["pixels"].shape == (2, 3, 4)
@@ -182,3 +200,25 @@ def test_latents_by_module_path(language_model: nn.Module, batch: dict[str, Tens
     torch.testing.assert_close(explanation.relevance, plain.relevance, rtol=1e-4, atol=1e-6)
     with pytest.raises(fxlrp.InputError, match="matches"):
         fxlrp.lrp_compile(language_model, latents=("nowhere.*",))(**batch)
+
+
+def test_a_target_function_that_reads_tensors_of_its_batch(
+    explainer: fxlrp.Explainer, language_model: nn.Module
+) -> None:
+    """Would break: the batch size of a closed-over tensor baked into what later calls of other sizes use."""
+    for batch in (2, 3, 2):
+        ids, mask = models.token_batch(batch, (6,) * batch, "right")
+        weights = torch.randn(batch, 6, 1)
+        explanation = explainer(
+            input_ids=ids,
+            attention_mask=mask,
+            target=lambda output, w=weights: (output.logits * w)[:, :, 3].sum(1),
+        )
+        logits = language_model(input_ids=ids, attention_mask=mask).logits
+        torch.testing.assert_close(
+            explanation.value, (logits * weights)[:, :, 3].sum(1), rtol=1e-4, atol=1e-5
+        )
+        assert explanation.ledger.residual < 1e-4
+        torch.testing.assert_close(
+            explainer(input_ids=ids, attention_mask=mask).value, logits[:, -1].max(-1).values
+        )

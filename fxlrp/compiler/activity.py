@@ -1,6 +1,6 @@
 """Activity: which nodes carry relevance from the explained inputs to the target.
 
-Activity follows floating point data only: a size read off an active tensor, a comparison, an index are not active.
+Activity follows floating point data only: sizes read off active tensors, comparisons, indices are not.
 """
 
 from __future__ import annotations
@@ -11,20 +11,93 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import fx
 
-from .graphs import is_float, is_op, leaves, placeholders, value
+from .graphs import arg, is_float, is_op, leaves, placeholders, value
 
-#: Ops whose output is floating point but depends on their input's shape only, or is constant almost everywhere.
-_STOPS = frozenset("""zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty
-    new_full new_empty_strided detach sign sgn floor ceil round trunc heaviside one_hot""".split())
+#: Ops whose output is floating point but depends on the input's shape only or is piecewise constant.
+_STOPS = frozenset(
+    [
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+        "new_empty_strided",
+        "detach",
+        "sign",
+        "sgn",
+        "floor",
+        "ceil",
+        "round",
+        "trunc",
+        "heaviside",
+        "one_hot",
+    ]
+)
 #: How an integer may travel from an input to the lookup that reads it without becoming something else.
-_ID_PATH = ("view", "reshape", "unsafe_view", "flatten", "unsqueeze", "squeeze", "slice", "select", "narrow", "expand",
-            "clone", "contiguous", "alias", "to", "to_copy", "detach", "masked_fill", "where", "cat", "clamp",
-            "clamp_min", "roll", "flip", "index_select", "transpose", "permute", "pad", "constant_pad_nd",
-            "slice_scatter", "select_scatter", "lift_fresh_copy", "split", "split_with_sizes", "chunk", "getitem",
-            "unbind", "type_as", "long", "expand_as", "copy")
+_ID_PATH = (
+    "view",
+    "reshape",
+    "unsafe_view",
+    "flatten",
+    "unsqueeze",
+    "squeeze",
+    "slice",
+    "select",
+    "narrow",
+    "expand",
+    "clone",
+    "contiguous",
+    "alias",
+    "to",
+    "to_copy",
+    "detach",
+    "masked_fill",
+    "where",
+    "cat",
+    "clamp",
+    "clamp_min",
+    "roll",
+    "flip",
+    "index_select",
+    "transpose",
+    "permute",
+    "pad",
+    "constant_pad_nd",
+    "slice_scatter",
+    "select_scatter",
+    "lift_fresh_copy",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "getitem",
+    "unbind",
+    "type_as",
+    "long",
+    "expand_as",
+    "copy",
+)
 #: How an embedding may travel to the sum in which it meets others of its token.
-_SUM_PATH = ("add", "mul", "div", "dropout", "to", "to_copy", "type_as", "clone", "view", "reshape", "unsqueeze",
-             "expand", "contiguous", "alias")
+_SUM_PATH = (
+    "add",
+    "mul",
+    "div",
+    "dropout",
+    "to",
+    "to_copy",
+    "type_as",
+    "clone",
+    "view",
+    "reshape",
+    "unsqueeze",
+    "expand",
+    "contiguous",
+    "alias",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +106,8 @@ class Source:
 
     Attributes:
         input: the input's placeholder.
-        node: the node whose value is explained: the placeholder of a float input, the embedding lookup of integer ids.
+        node: the node whose value is explained: the placeholder of a float input, the embedding lookup of
+            integer ids.
         path: for a lookup, the integer nodes between the placeholder and the lookup, in order.
     """
 
@@ -80,8 +154,9 @@ def candidates(graph: fx.Graph) -> tuple[Source, ...]:
 def explained(module: fx.GraphModule, targets: Sequence[fx.Node]) -> tuple[Source, ...]:
     """The sources that are explained: those that reach a target other than as a mask of attention.
 
-    Of several integer inputs whose embeddings are summed before anything else happens to them (token and type ids),
-    the one with the largest table is explained; the others count as constants, like position embeddings.
+    Of several integer inputs whose embeddings are summed before anything else happens to them (token and type
+    ids), the one with the largest table is explained; the others count as constants, like position
+    embeddings.
     """
     graph = module.graph
     edges = float_edges(graph)
@@ -90,13 +165,17 @@ def explained(module: fx.GraphModule, targets: Sequence[fx.Node]) -> tuple[Sourc
             mask = node.args[3]
             if isinstance(mask, fx.Node) and edges.has_edge(mask, node) and mask not in node.args[:3]:
                 edges.remove_edge(mask, node)
-    useful = set(targets).union(*(nx.ancestors(edges, t) for t in targets if t in edges)) if targets else set()
+    useful = (
+        set(targets).union(*(nx.ancestors(edges, t) for t in targets if t in edges)) if targets else set()
+    )
     sources = [s for s in candidates(graph) if s.node in useful]
     return tuple(s for s in sources if not any(_outranks(other, s) for other in sources))
 
 
-def reachable(module: fx.GraphModule, starts: Iterable[fx.Node], blocked: Iterable[fx.Node] = ()) -> set[fx.Node]:
-    """All nodes that relevance-carrying data flows to from the starts, without passing through blocked nodes."""
+def reachable(
+    module: fx.GraphModule, starts: Iterable[fx.Node], blocked: Iterable[fx.Node] = ()
+) -> set[fx.Node]:
+    """All nodes that relevance-carrying data reaches from the starts without passing a blocked node."""
     edges = float_edges(module.graph)
     edges.remove_edges_from([edge for node in blocked for edge in list(edges.out_edges(node))])
     active: set[fx.Node] = set()
@@ -151,8 +230,12 @@ def _lookups(placeholder: fx.Node) -> list[Source]:
 def _is_lookup(node: fx.Node, ids: fx.Node) -> bool:
     if is_op(node, "embedding"):
         return node.args[1] is ids
-    if is_op(node, "index", "index_select") and getattr(node.args[0], "op", "") == "get_attr" and is_float(node):
-        indices = node.args[1] if is_op(node, "index") else (node.args[2],)
+    if (
+        is_op(node, "index", "index_select")
+        and getattr(node.args[0], "op", "") == "get_attr"
+        and is_float(node)
+    ):
+        indices = arg(node, 1) if is_op(node, "index") else (arg(node, 2),)
         return len(indices) == 1 and indices[0] is ids
     return False
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -22,12 +21,18 @@ from .provenance import module_path, source_line
 _TRANSPARENT = frozenset({"structural", "add"})
 
 
-def assign(module: fx.GraphModule, sources: Sequence[Source], targets: Sequence[fx.Node], composite: Composite, *,
-           strict: bool = True) -> Plan:
+def assign(
+    module: fx.GraphModule,
+    sources: Sequence[Source],
+    targets: Sequence[fx.Node],
+    composite: Composite,
+    *,
+    strict: bool = True,
+) -> Plan:
     """Give every node between the sources and the targets its rule.
 
-    Frozen nodes are found first, since a product with a frozen factor is linear in the others; then the rules are
-    given from the targets back, so that only what really carries relevance needs one.
+    Frozen nodes are found first, since a product with a frozen factor is linear in the others; then the rules
+    are given from the targets back, so that only what really carries relevance needs one.
 
     Raises:
         UncoveredOpError: a nonlinear op carries relevance, no row of the table covers it, and ``strict``.
@@ -35,8 +40,14 @@ def assign(module: fx.GraphModule, sources: Sequence[Source], targets: Sequence[
     """
     starts = {s.node for s in sources}
     reached = reachable(module, starts)
-    frozen = {node: row for node in module.graph.nodes if node in reached and _is_call(node) and node not in starts
-              and (row := _assignment(node, reached, composite, strict=False)).rule.freezes}
+    frozen = {
+        node: row
+        for node in module.graph.nodes
+        if node in reached
+        and _is_call(node)
+        and node not in starts
+        and (row := _assignment(node, reached, composite, strict=False)).rule.freezes
+    }
     active = reachable(module, starts, frozen)
     carrying = {t for t in targets if t in active}
     rows: dict[fx.Node, Assignment] = {}
@@ -57,7 +68,8 @@ def assign(module: fx.GraphModule, sources: Sequence[Source], targets: Sequence[
         raise NoPathError(
             f"No differentiable path leads from {names} to the target"
             + (f"; frozen on the way: {', '.join(where)}" if where else "")
-            + ". Integer inputs must reach an embedding lookup, float inputs must not be detached on the way.")
+            + ". Integer inputs must reach an embedding lookup, float inputs must not be detached on the way."
+        )
     read = {leaf for node in rows for leaf in leaves(node) if isinstance(leaf, fx.Node)}
     rows.update({node: row for node, row in frozen.items() if node in read})
     ordered = {n: rows[n] for n in module.graph.nodes if n in rows}
@@ -66,8 +78,11 @@ def assign(module: fx.GraphModule, sources: Sequence[Source], targets: Sequence[
 
 def _assignment(node: fx.Node, active: set[fx.Node], composite: Composite, *, strict: bool) -> Assignment:
     operands = leaves(node)
-    positions = tuple(i for i, leaf in enumerate(operands) if isinstance(leaf, fx.Node) and leaf in active
-                      and is_float(leaf))
+    positions = tuple(
+        i
+        for i, leaf in enumerate(operands)
+        if isinstance(leaf, fx.Node) and leaf in active and is_float(leaf)
+    )
     path, name = module_path(node), op_name(node.target)
     kind = _kind(node, operands, positions, active)
     if kind is None:
@@ -75,11 +90,19 @@ def _assignment(node: fx.Node, active: set[fx.Node], composite: Composite, *, st
             return _row(node, "gradient", Gradient(), positions, f"{composite.title}: no rules", path)
         if strict:
             raise UncoveredOpError(
-                f"No rule covers '{name}' ({node.target}) in {place(path, source_line(node))}, and relevance flows "
-                "through it. Give it one: fxlrp.Composite([(fxlrp.name('…'), Rule())]), add a row to "
-                "fxlrp/rules/table.py if the op is affine or has a closed form, or pass strict=False for a first-order "
-                "Taylor step whose remainder the ledger shows.")
-        return _row(node, "uncovered", Taylor(), positions, "no rule covers it: first-order Taylor (strict=False)", path)
+                f"No rule covers '{name}' ({node.target}) in {place(path, source_line(node))}, and relevance "
+                "flows through it. Give it one: fxlrp.Composite([(fxlrp.name('…'), Rule())]), add a row to "
+                "fxlrp/rules/table.py if the op is affine or has a closed form, or pass strict=False for a "
+                "first-order Taylor step whose remainder the ledger shows."
+            )
+        return _row(
+            node,
+            "uncovered",
+            Taylor(),
+            positions,
+            "no rule covers it: first-order Taylor (strict=False)",
+            path,
+        )
     rule, reason = composite.rule(kind, path)
     if kind in ("product", "matmul"):
         return _product(node, operands, positions, rule, reason, kind, composite, active, path)
@@ -101,9 +124,18 @@ def _kept(kind: str, rule: Rule, positions: tuple[int, ...], node: fx.Node) -> t
     return positions
 
 
-def _product(node: fx.Node, operands: list[Any], positions: tuple[int, ...], rule: Rule, reason: str, kind: str,
-             composite: Composite, active: set[fx.Node], path: str) -> Assignment:
-    """Products and matrix products: gates taken out where the composite freezes them, shares by number of factors."""
+def _product(
+    node: fx.Node,
+    operands: list[Any],
+    positions: tuple[int, ...],
+    rule: Rule,
+    reason: str,
+    kind: str,
+    composite: Composite,
+    active: set[fx.Node],
+    path: str,
+) -> Assignment:
+    """Products and matrix products: gates taken out where they are frozen, shares by number of factors."""
     if composite.freezes_gates and kind == "product":
         gates = tuple(i for i in positions if _is_gate(operands[i], active))
         if gates and len(gates) < len(positions):
@@ -130,7 +162,7 @@ def _kind(node: fx.Node, operands: list[Any], positions: tuple[int, ...], active
     kind = kind_of(node.target)
     count = len(positions)
     if kind == "linear" and count > 1:
-        # addmm and its like add their first operand to a product of the others: affine in it, bilinear in them.
+        # addmm and its like add their first operand to the others' product: affine in it, bilinear in them.
         if 0 in positions and op_name(node.target) in ("addmm", "baddbmm", "addmv", "addbmm"):
             return None
         kind = "matmul"
@@ -158,12 +190,13 @@ def _is_power(node: fx.Node) -> bool:
 
 
 def _contains_zero(node: fx.Node) -> bool:
-    low, high = (*node.args[1:3], *(-1.0, 1.0)[len(node.args) - 1:])[:2]
-    return low <= 0 <= high
+    given: Any = node.args[1:3]
+    low, high = (*given, *(-1.0, 1.0)[len(node.args) - 1 :])[:2]
+    return bool(low <= 0 <= high)
 
 
 def _gate_kind(node: fx.Node, active: set[fx.Node]) -> str:
-    """A gate where all it does is to multiply or divide something active; else a nonlinear step of its own."""
+    """A gate where all it does is multiply or divide something active; else a nonlinear step of its own."""
     return "gate" if _only_multiplies(node, active) else "nonlinear"
 
 
@@ -175,7 +208,11 @@ def _only_multiplies(node: fx.Node, active: set[fx.Node]) -> bool:
         others = [x for x in leaves(user) if isinstance(x, fx.Node) and x is not node and x in active]
         if kind in MULTILINEAR | {"division"} and others:
             continue
-        if kind in ("structural", "product", "division", "gate") and not others and _only_multiplies(user, active):
+        if (
+            kind in ("structural", "product", "division", "gate")
+            and not others
+            and _only_multiplies(user, active)
+        ):
             continue
         if kind == "add" and not others and _only_multiplies(user, active):
             continue
@@ -187,10 +224,13 @@ def _weighs_values(node: fx.Node, active: set[fx.Node]) -> bool:
     """Whether a softmax's output goes into matrix products with something active, and nowhere else."""
     users = [u for u in node.users if carries(u)]
     return bool(users) and all(
-        (kind_of(u.target) == "matmul" and any(
-            isinstance(x, fx.Node) and x is not node and x in active for x in leaves(u)))
+        (
+            kind_of(u.target) == "matmul"
+            and any(isinstance(x, fx.Node) and x is not node and x in active for x in leaves(u))
+        )
         or (u.op == "call_function" and kind_of(u.target) == "structural" and _weighs_values(u, active))
-        for u in users)
+        for u in users
+    )
 
 
 def _is_gate(node: fx.Node, active: set[fx.Node]) -> bool:
@@ -215,7 +255,9 @@ def _factors(node: fx.Node, active: set[fx.Node]) -> int:
     nodes = [x for x in leaves(node) if isinstance(x, fx.Node) and x in active and is_float(x)]
     if kind in ("product", "matmul") and len(nodes) > 1:
         return sum(_factors(x, active) for x in nodes)
-    if len(nodes) == 1 and (kind == "structural" or (kind in ("product", "division") and nodes[0] in leaves(node))):
+    if len(nodes) == 1 and (
+        kind == "structural" or (kind in ("product", "division") and nodes[0] in leaves(node))
+    ):
         return _factors(nodes[0], active)
     return 1
 

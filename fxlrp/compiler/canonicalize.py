@@ -53,7 +53,7 @@ def canonicalize(module: fx.GraphModule) -> Canonical:
 
 
 def _strip(graph: fx.Graph) -> None:
-    """Take out what does nothing: casts to the same dtype, slices of everything, dropout that is switched off."""
+    """Take out what does nothing: casts to the same dtype, slices of everything, dropout switched off."""
     for node in list(graph.nodes):
         if _does_nothing(node):
             node.replace_all_uses_with(node.args[0])
@@ -70,18 +70,22 @@ def _does_nothing(node: fx.Node) -> bool:
     if is_op(node, "dropout", "feature_dropout", "alpha_dropout"):
         return True  # active dropout was refused at capture
     if is_op(node, "slice"):
-        start, stop, step = (*node.args[2:5], *(None, None, None)[len(node.args) - 2:])[:3]
-        return start in (None, 0) and step in (None, 1) and isinstance(stop, (int, type(None))) and (
-            stop is None or stop >= 2**62)
+        start, stop, step = (*node.args[2:5], *(None, None, None)[len(node.args) - 2 :])[:3]
+        return (
+            start in (None, 0)
+            and step in (None, 1)
+            and isinstance(stop, (int, type(None)))
+            and (stop is None or stop >= 2**62)
+        )
     return is_op(node, "alias", "view_as") and list(map(str, operand.shape)) == list(map(str, result.shape))
 
 
 def _widen(module: fx.GraphModule) -> fx.GraphModule:
     """Compute a float64 model in float64 throughout.
 
-    Models cast norms and softmax to float32 as a step up from half precision; for a float64 model that is a step down,
-    and its rounding would be all that is left in the ledger. Where the wider graph does not type-check, the model's
-    own precision stays.
+    Models cast norms and softmax to float32 as a step up from half precision; for a float64 model that is a
+    step down, and its rounding would be all that is left in the ledger. Where the wider graph does not
+    type-check, the model's own precision stays.
     """
     wide = copy_graph(module, "Canonical")
     dependence = Dependence.of(wide)

@@ -1,7 +1,7 @@
 """Capture: model and inputs to one functional ATen graph that shares the model's weights.
 
-The ladder: ``torch.export`` with dynamic sizes, ``torch.export`` for these sizes, a ``make_fx`` trace of this very
-input. Each step must reproduce the model's own output on the inputs at hand, else the next one is tried.
+The ladder: ``torch.export`` with dynamic sizes, ``torch.export`` for these sizes, a ``make_fx`` trace of this
+very input. Each step must reproduce the model's own output on the inputs at hand, else the next one is tried.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Captured:
     """A captured model.
 
     Attributes:
-        graph: placeholders are the input tensors by name, ``get_attr`` nodes the model's own weights, the output a
-            flat tuple of the model's output tensors; purely functional ATen.
+        graph: placeholders are the input tensors by name, ``get_attr`` nodes the model's own weights, the
+            output a flat tuple of the model's output tensors; purely functional ATen.
         outputs: how the model's output is rebuilt from that tuple.
         shapes: for which input sizes the graph is valid.
         method: the step of the ladder that captured it.
@@ -73,30 +73,48 @@ def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True) -> Captured
             continue
         difference = compare(captured, bound, expected)
         if difference is None:
-            return Captured(captured.graph, captured.outputs, captured.shapes, captured.method,
-                            (*captured.notes, *(f"not captured by {reason}" for reason in reasons)))
+            return Captured(
+                captured.graph,
+                captured.outputs,
+                captured.shapes,
+                captured.method,
+                (*captured.notes, *(f"not captured by {reason}" for reason in reasons)),
+            )
         reasons.append(f"{method}: {difference}")
     raise CaptureError(
-        f"{type(model).__name__} could not be captured as a graph:\n  " + "\n  ".join(reasons)
-        + "\nIf the model draws random numbers or keeps state between calls, switch that off; else please report this.")
+        f"{type(model).__name__} could not be captured as a graph:\n  "
+        + "\n  ".join(reasons)
+        + "\nIf the model draws random numbers or keeps state between calls, switch that off; "
+        "else please report this."
+    )
 
 
 def run_model(model: nn.Module, bound: Bound) -> tuple[Tensor, ...]:
-    """The model's own output tensors; buffers that a forward in train mode updates are given back as they were."""
+    """The model's own output tensors; buffers that a forward in train mode updates are put back."""
     args, kwargs = bound.rebuild(bound.tensors)
     buffers = {name: b.clone() for name, b in model.named_buffers()} if model.training else {}
     try:
         with torch.no_grad():
-            result = torch.func.functional_call(model, buffers, args, kwargs) if buffers else model(*args, **kwargs)
+            result = (
+                torch.func.functional_call(model, buffers, args, kwargs)
+                if buffers
+                else model(*args, **kwargs)
+            )
     except Exception as error:
         dtypes = ", ".join(f"{name}: {t.dtype} {tuple(t.shape)}" for name, t in bound.by_name.items())
         hint = ""
         if "indices" in str(error) and any(t.is_floating_point() for t in bound.tensors):
-            hint = " A float tensor was given where the model looks up integer ids; embeddings go to another argument."
+            hint = (
+                " A float tensor was given where the model looks up integer ids; "
+                "embeddings go to another argument."
+            )
         elif "dtype" in str(error):
-            hint = " Check the inputs' dtypes: ids are integers, pixels and embeddings have the weights' dtype."
+            hint = (
+                " Check the inputs' dtypes: ids are integers, pixels and embeddings have the weights' dtype."
+            )
         raise InputError(
-            f"{type(model).__name__} itself fails on these inputs ({dtypes}): {_first_line(error)}.{hint}") from error
+            f"{type(model).__name__} itself fails on these inputs ({dtypes}): {_first_line(error)}.{hint}"
+        ) from error
     return flatten_output(result)[0]
 
 
@@ -134,7 +152,9 @@ class _Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.bound.rebuild(tensors)
-        region = torch.autocast(self.autocast[0], self.autocast[1]) if self.autocast else contextlib.nullcontext()
+        region = (
+            torch.autocast(self.autocast[0], self.autocast[1]) if self.autocast else contextlib.nullcontext()
+        )
         with region:
             flat, outputs = flatten_output(self.model(*args, **kwargs))
         self.found.append(outputs)
@@ -148,7 +168,7 @@ def _export(model: nn.Module, bound: Bound, *, dynamic: bool) -> Captured:
     if dynamic:
         tensors = _widened(tensors)
         auto = torch.export.Dim.AUTO
-        sizes = {"tensors": tuple({d: auto for d in _dynamic_dims(t)} for t in tensors)}
+        sizes = {"tensors": tuple(dict.fromkeys(_dynamic_dims(t), auto) for t in tensors)}
     with torch.enable_grad(), _without_autocast(model):
         program = torch.export.export(_Flat(model, bound, found), tensors, dynamic_shapes=sizes, strict=False)
     _refuse_random(program.graph_module)
@@ -159,17 +179,29 @@ def _export(model: nn.Module, bound: Bound, *, dynamic: bool) -> Captured:
 
 
 def _trace(model: nn.Module, bound: Bound) -> Captured:
-    """The model as it runs on this very input: branches on data are taken as they fall, then exported as usual."""
+    """The model as it runs on this very input: branches on data as they fall, then exported as usual."""
     found: list[Outputs] = []
     with torch.enable_grad(), _without_autocast(model):
-        traced = make_fx(_Flat(model, bound, found), tracing_mode="real", pre_dispatch=True,
-                         _error_on_data_dependent_ops=False)(*bound.tensors)
+        traced = make_fx(
+            _Flat(model, bound, found),
+            tracing_mode="real",
+            pre_dispatch=True,
+            _error_on_data_dependent_ops=False,
+        )(*bound.tensors)
         _refuse_random(traced)
         program = torch.export.export(_Positional(traced), bound.tensors, strict=False)
     graph = _unlift(functionalize(program), bound.names)
     placeholders = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    return Captured(graph, found[-1], Shapes.of(placeholders), TRACE, (
-        "the model branches on its input's values: this graph is a trace of one input, others are traced anew",))
+    return Captured(
+        graph,
+        found[-1],
+        Shapes.of(placeholders),
+        TRACE,
+        (
+            "the model branches on its input's values: this graph is a trace of one input, "
+            "others are traced anew",
+        ),
+    )
 
 
 class _Positional(nn.Module):
@@ -191,10 +223,12 @@ def _widened(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _dynamic_dims(tensor: Tensor) -> tuple[int, ...]:
-    """Batch and sequence: the first two sizes of ids, masks and embeddings, all of a 4-d mask, the batch of images."""
+    """The first two sizes of ids, masks and embeddings, all of a 4-d mask, the batch of images."""
     if tensor.dtype is torch.bool and tensor.dim() == 4:
         return (0, 2, 3)
-    return tuple(range(tensor.dim()))[: 1 if tensor.dim() > 3 or (tensor.is_floating_point() and tensor.dim() < 3) else 2]
+    return tuple(range(tensor.dim()))[
+        : 1 if tensor.dim() > 3 or (tensor.is_floating_point() and tensor.dim() < 3) else 2
+    ]
 
 
 def _unlift(program: torch.export.ExportedProgram, names: tuple[str, ...]) -> fx.GraphModule:
@@ -202,8 +236,12 @@ def _unlift(program: torch.export.ExportedProgram, names: tuple[str, ...]) -> fx
     signature = program.graph_signature
     attributes: dict[str, Any] = {}
     tensors = {**program.constants, **program.state_dict}
-    lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
-              **signature.inputs_to_lifted_tensor_constants, **signature.inputs_to_lifted_custom_objs}
+    lifted = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+        **signature.inputs_to_lifted_custom_objs,
+    }
     mutated = len(signature.buffers_to_mutate) + len(signature.user_inputs_to_mutate)
     graph, env = fx.Graph(), {}
     inputs = iter(names)
@@ -249,16 +287,21 @@ def _attribute(root: nn.Module, target: str) -> Any:
 def _is_assertion(node: fx.Node) -> bool:
     name = str(node.target)
     return node.op == "call_function" and any(
-        part in name for part in ("_assert", "sym_constrain", "_guards_fn", "profiler._record", "_check"))
+        part in name for part in ("_assert", "sym_constrain", "_guards_fn", "profiler._record", "_check")
+    )
 
 
 def _refuse_dropout(model: nn.Module) -> None:
-    active = [name for name, m in model.named_modules()
-              if isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0]
+    active = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0
+    ]
     if active:
         raise StochasticModelError(
-            f"Dropout is active in {len(active)} modules (first: '{active[0]}'), so the model's output is random. "
-            "Call model.eval() first.")
+            f"Dropout is active in {len(active)} modules (first: '{active[0]}'), so the model's output is "
+            "random. Call model.eval() first."
+        )
 
 
 def _refuse_random(graph: fx.GraphModule) -> None:
@@ -267,7 +310,9 @@ def _refuse_random(graph: fx.GraphModule) -> None:
             if node.op == "call_function" and _draws(node):
                 raise StochasticModelError(
                     f"'{node.name}' ({node.target}) draws random numbers in "
-                    f"{place(module_path(node), source_line(node))}. Call model.eval() first, or switch it off.")
+                    f"{place(module_path(node), source_line(node))}. "
+                    "Call model.eval() first, or switch it off."
+                )
 
 
 def _draws(node: fx.Node) -> bool:
@@ -285,7 +330,7 @@ def _draws(node: fx.Node) -> bool:
 
 @contextlib.contextmanager
 def _without_autocast(model: nn.Module) -> Iterator[None]:
-    """Outside the caller's autocast region: it is entered inside the trace, so that the casts are recorded."""
+    """Outside the caller's autocast region: it is entered inside the trace, which records the casts."""
     ambient = ambient_autocast(model)
     with torch.autocast(ambient[0], enabled=False) if ambient else contextlib.nullcontext():
         yield
@@ -301,5 +346,3 @@ def _quiet() -> Iterator[None]:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
-
-

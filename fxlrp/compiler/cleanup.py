@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ..rules.activation import op_name
+from .graphs import arg
 
 _IMPURE = ("rand", "bernoulli", "dropout", "normal", "multinomial", "empty")
 
 
-def clean(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A graph module over the root's weights, from a graph under construction that nobody else holds."""
+def clean(root: torch.nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor]) -> fx.GraphModule:
+    """A graph module over the root's weights and further constants, from a graph that nobody else holds."""
     for node in list(graph.nodes):
         _simplify(graph, node)
     _deduplicate(graph)
     graph.eliminate_dead_code()
     graph.lint()
-    return fx.GraphModule(_detached(root, graph), graph, "RelevanceGraph")
+    return fx.GraphModule(_detached(root, graph, constants), graph, "RelevanceGraph")
 
 
-def _detached(root: torch.nn.Module, graph: fx.Graph) -> dict[str, Any]:
-    """The root's weights as plain tensors on the same memory: nothing asks to differentiate the relevance graph."""
+def _detached(root: torch.nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The root's weights as plain tensors on the same memory: nothing differentiates the relevance graph."""
     found: dict[str, Any] = {}
     for node in graph.nodes:
         if node.op == "get_attr":
-            value: Any = root
-            for part in node.target.split("."):
+            value: Any = constants.get(node.target, root)
+            for part in node.target.split(".") if value is root else ():
                 value = getattr(value, part)
             found[node.target] = value.detach() if isinstance(value, Tensor) else value
     return found
@@ -39,13 +41,13 @@ def _simplify(graph: fx.Graph, node: fx.Node) -> None:
         return
     aten = torch.ops.aten
     if node.target in (aten.view.default, aten._unsafe_view.default):
-        # Coefficients need not have the strides that they were traced with; reshape copies only where it must.
+        # Coefficients need not have the strides they were traced with; reshape copies only where it must.
         node.target = aten.reshape.default
     elif node.target in (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default):
-        node.replace_all_uses_with(node.args[0])
+        node.replace_all_uses_with(arg(node, 0))
         graph.erase_node(node)
     elif node.target is aten.t.default and getattr(node.args[0], "target", None) is aten.t.default:
-        node.replace_all_uses_with(node.args[0].args[0])
+        node.replace_all_uses_with(arg(node, 0).args[0])
         graph.erase_node(node)
 
 

@@ -1,8 +1,8 @@
 """Demand slicing: only the rows of the output that the target reads are computed.
 
-The choice of one position per sample moves up through every step that treats positions alike: a head, a final norm,
-the last block's MLP and residual sums, until a step mixes positions. It is exact, and it makes full-sequence logits,
-which dominate small models, cost one row.
+The choice of one position per sample moves up through every step that treats positions alike: a head, a final
+norm, the last block's MLP and residual sums, until a step mixes positions. It is exact, and it makes
+full-sequence logits, which dominate small models, cost one row.
 """
 
 from __future__ import annotations
@@ -14,16 +14,41 @@ import torch
 from torch import Tensor, fx
 
 from ..rules.activation import RATIOS, op_name
-from .graphs import fake_mode, leaves, outputs, value
+from .graphs import arg, fake_mode, leaves, outputs, value
 from .template import ancestors
 
-_POINTWISE = frozenset((*RATIOS, "add", "sub", "rsub", "mul", "div", "neg", "to", "to_copy", "type_as", "dropout",
-                        "clone", "contiguous", "alias", "sigmoid", "softplus", "exp", "rsqrt", "sqrt", "reciprocal",
-                        "normalize", "normalize_divide", "self_gate", "float"))
+_POINTWISE = frozenset(
+    (
+        *RATIOS,
+        "add",
+        "sub",
+        "rsub",
+        "mul",
+        "div",
+        "neg",
+        "to",
+        "to_copy",
+        "type_as",
+        "dropout",
+        "clone",
+        "contiguous",
+        "alias",
+        "sigmoid",
+        "softplus",
+        "exp",
+        "rsqrt",
+        "sqrt",
+        "reciprocal",
+        "normalize",
+        "normalize_divide",
+        "self_gate",
+        "float",
+    )
+)
 
 
 def select_rows(x: Tensor, positions: Tensor) -> Tensor:
-    """One position of each sample: ``x [batch, sequence, ...]``, positions ``[batch]`` -> ``[batch, 1, ...]``."""
+    """One position of each sample of ``x [batch, sequence, ...]``, as ``[batch, 1, ...]``."""
     rows = torch.arange(x.shape[0], device=x.device)
     return x[rows, positions].unsqueeze(1)
 
@@ -34,19 +59,20 @@ def last_row(x: Tensor) -> Tensor:
 
 
 def last_unpadded(mask: Tensor) -> Tensor:
-    """The last position that is not padding, for padding on either side: ``[batch, sequence]`` -> ``[batch]``."""
+    """The last unpadded position, for padding on either side: ``[batch, sequence]`` -> ``[batch]``."""
     return ((mask != 0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(-1)
 
 
-def demand_rows(module: fx.GraphModule, output: int, positions: str | None, *, given: bool,
-                whole: Collection[str] = ()) -> fx.GraphModule:
+def demand_rows(
+    module: fx.GraphModule, output: int, positions: str | None, *, given: bool, whole: Collection[str] = ()
+) -> fx.GraphModule:
     """A graph whose only output is the chosen rows ``[batch, 1, classes]`` of one sequence output.
 
     Args:
         module: the canonical graph.
         output: which of its outputs.
-        positions: where positions come from: a new input of this name if ``given``, the padding mask's name if not;
-            None for the last position.
+        positions: where positions come from: a new input of this name if ``given``, the padding mask's name
+            if not; None for the last position.
         given: see ``positions``.
         whole: names of nodes of which every position is wanted.
     """
@@ -56,7 +82,8 @@ def demand_rows(module: fx.GraphModule, output: int, positions: str | None, *, g
     mode = fake_mode(old)
     full = _full(target, needed, whole)
 
-    graph, env = fx.Graph(), {}
+    graph = fx.Graph()
+    env: dict[fx.Node, Any] = {}
     rows: dict[fx.Node, fx.Node] = {}
     chosen: Any = None
 
@@ -70,8 +97,14 @@ def demand_rows(module: fx.GraphModule, output: int, positions: str | None, *, g
         if not (isinstance(node, fx.Node) and _is_sequence(node, target)):
             return env[node] if isinstance(node, fx.Node) else node
         if node not in rows:
-            rows[node] = compute(select_rows, env[node], chosen) if chosen is not None else compute(last_row, env[node])
-            rows[node].meta.update({k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta})
+            rows[node] = (
+                compute(select_rows, env[node], chosen)
+                if chosen is not None
+                else compute(last_row, env[node])
+            )
+            rows[node].meta.update(
+                {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
+            )
         return rows[node]
 
     for node in old.nodes:
@@ -81,7 +114,9 @@ def demand_rows(module: fx.GraphModule, output: int, positions: str | None, *, g
     if positions is not None and given:
         chosen = graph.placeholder(positions)
         with mode:
-            chosen.meta = {"val": torch.zeros(value(target).shape[0], dtype=torch.long, device=value(target).device)}
+            chosen.meta = {
+                "val": torch.zeros(value(target).shape[0], dtype=torch.long, device=value(target).device)
+            }
     elif positions is not None:
         mask = next(env[n] for n in old.nodes if n.op == "placeholder" and n.target == positions)
         chosen = compute(last_unpadded, mask)
@@ -107,8 +142,11 @@ def _full(target: fx.Node, needed: set[fx.Node], whole: Collection[str]) -> set[
         if node is target:
             continue
         readers = [user for user in node.users if user in needed]
-        if node.name in whole or not _is_row_wise(node, target) or any(
-                u in full or not _is_row_wise(u, target) for u in readers):
+        if (
+            node.name in whole
+            or not _is_row_wise(node, target)
+            or any(u in full or not _is_row_wise(u, target) for u in readers)
+        ):
             full.add(node)
     return full if _is_row_wise(target, target) else full | {target}
 
@@ -116,34 +154,43 @@ def _full(target: fx.Node, needed: set[fx.Node], whole: Collection[str]) -> set[
 def _is_sequence(node: fx.Node, target: fx.Node) -> bool:
     """Whether a node's first two sizes are the output's batch and sequence."""
     mine, its = value(node), value(target)
-    return isinstance(mine, Tensor) and mine.dim() >= 3 and all(
-        str(a) == str(b) for a, b in zip(mine.shape[:2], its.shape[:2], strict=True))
+    return (
+        isinstance(mine, Tensor)
+        and mine.dim() >= 3
+        and all(str(a) == str(b) for a, b in zip(mine.shape[:2], its.shape[:2], strict=True))
+    )
 
 
 def _is_row_wise(node: fx.Node, target: fx.Node) -> bool:
     """Whether a step treats every position of ``[batch, sequence, ...]`` alike and for itself."""
     if node.op != "call_function" or not _is_sequence(node, target):
         return False
-    name, rank = op_name(node.target), value(node).dim()
+    name = op_name(node.target)
+    rank: int = value(node).dim()
     nodes = [x for x in leaves(node) if isinstance(x, fx.Node)]
     tensors = [x for x in nodes if isinstance(value(x), Tensor)]
     if len(tensors) < len(nodes):
         return False
     if name in _POINTWISE:
         return all(_is_sequence(x, target) or value(x).dim() <= 1 for x in tensors) and all(
-            value(x).dim() in (0, 1, rank) for x in tensors)
+            value(x).dim() in (0, 1, rank) for x in tensors
+        )
     if name == "linear":
-        return _is_sequence(node.args[0], target) and not any(_is_sequence(x, target) for x in node.args[1:]
-                                                              if isinstance(x, fx.Node))
+        return _is_sequence(arg(node, 0), target) and not any(
+            _is_sequence(x, target) for x in node.args[1:] if isinstance(x, fx.Node)
+        )
     if name in ("layer_norm", "rms_norm"):
-        return len(node.args[1]) <= rank - 2
+        return len(arg(node, 1)) <= rank - 2
     if name in ("mean", "sum"):
-        dims = node.args[1] if len(node.args) > 1 else None
-        return isinstance(dims, (list, tuple)) and all(d < 0 and d > 1 - rank or d > 1 for d in dims) and (
-            len(node.args) > 2 and node.args[2] is True or node.kwargs.get("keepdim") is True)
+        dims = arg(node, 1) if len(node.args) > 1 else None
+        return (
+            isinstance(dims, (list, tuple))
+            and all((d < 0 and d > 1 - rank) or d > 1 for d in dims)
+            and ((len(node.args) > 2 and node.args[2] is True) or node.kwargs.get("keepdim") is True)
+        )
     if name == "slice":
-        start = node.args[2] if len(node.args) > 2 else None
-        stop = node.args[3] if len(node.args) > 3 else None
-        dim = node.args[1] if len(node.args) > 1 else 0
+        start = arg(node, 2) if len(node.args) > 2 else None
+        stop = arg(node, 3) if len(node.args) > 3 else None
+        dim: int = arg(node, 1) if len(node.args) > 1 else 0
         return dim > 1 or (start in (None, 0) and isinstance(stop, int) and stop >= 2**62)
     return False

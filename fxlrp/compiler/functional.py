@@ -1,18 +1,20 @@
 """Functional graphs: no mutation, no regions; what leaves a no-grad region is detached.
 
-Graphs whose in-place ops touch only fresh, unaliased tensors are rewritten node by node, which is fast. Everything
-else (mutated views, autocast regions, other higher-order ops) goes through PyTorch's own functionalisation, which
-retraces the graph.
+Graphs whose in-place ops touch only fresh, unaliased tensors are rewritten node by node, which is fast.
+Everything else (mutated views, autocast regions, other higher-order ops) goes through PyTorch's own
+functionalisation, which retraces the graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
+
+from .graphs import arg
 
 _GRAD_REGION = "wrap_with_set_grad_enabled"
 _AUTOCAST_REGION = "wrap_with_autocast"
@@ -20,7 +22,7 @@ _AUTOCAST_REGION = "wrap_with_autocast"
 
 @torch.library.custom_op("fxlrp::stop", mutates_args=())
 def _stop(x: Tensor) -> Tensor:
-    """Marks what leaves a no-grad region while PyTorch retraces the graph, which would inline the region silently."""
+    """Marks what leaves a no-grad region while PyTorch retraces the graph, which inlines the region."""
     return x.clone()
 
 
@@ -35,7 +37,8 @@ def functionalize(program: torch.export.ExportedProgram) -> torch.export.Exporte
         return program
     for _, region in _regions(program.graph_module, _GRAD_REGION):
         _mark_outputs(region)
-    return program.run_decompositions({})
+    retraced: torch.export.ExportedProgram = program.run_decompositions({})
+    return retraced
 
 
 def rewrite(graph: fx.Graph, root: torch.nn.Module) -> None:
@@ -73,8 +76,11 @@ def _is_simple(module: fx.GraphModule) -> bool:
             return False
         elif _is_mutation(node):
             mutated = node.args[0]
-            if (_functional(node.target) is None or mutated.op != "call_function"
-                    or aliases.get(mutated, mutated) is not mutated):
+            if (
+                _functional(node.target) is None
+                or mutated.op != "call_function"
+                or aliases.get(mutated, mutated) is not mutated
+            ):
                 return False
             later = _after(node)
             seen_elsewhere = [n for n, base in aliases.items() if base is mutated]
@@ -94,15 +100,27 @@ def _is_mutation(node: fx.Node) -> bool:
 
 def _is_view(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and not schema.is_mutable and any(
-        argument.alias_info is not None for argument in schema.arguments) or node.target.__name__ == "getitem" or any(
-            name in str(node.target) for name in ("reshape", "contiguous", "to.dtype", "flatten", "type_as"))
+    return (
+        (
+            schema is not None
+            and not schema.is_mutable
+            and any(argument.alias_info is not None for argument in schema.arguments)
+        )
+        or getattr(node.target, "__name__", "") == "getitem"
+        or any(
+            name in str(node.target) for name in ("reshape", "contiguous", "to.dtype", "flatten", "type_as")
+        )
+    )
 
 
 def _functional(op: Any) -> Any:
-    """``aten.add_.Tensor`` -> ``aten.add.Tensor``, or None where there is no such op or it does not mean the same."""
+    """``aten.add_.Tensor`` -> ``aten.add.Tensor``, or None where there is none that means the same."""
     packet = op.overloadpacket.__name__
-    if op.namespace != "aten" or not packet.endswith("_") or packet in ("copy_", "fill_", "zero_", "set_", "resize_"):
+    if (
+        op.namespace != "aten"
+        or not packet.endswith("_")
+        or packet in ("copy_", "fill_", "zero_", "set_", "resize_")
+    ):
         return None
     try:
         return getattr(getattr(torch.ops.aten, packet[:-1]), op._overloadname)
@@ -132,8 +150,7 @@ def _region_position(node: fx.Node) -> int:
 
 
 def _region_of(node: fx.Node, root: torch.nn.Module) -> fx.GraphModule:
-    region: Any = root.get_submodule(node.args[_region_position(node)].target)
-    return region
+    return cast(fx.GraphModule, root.get_submodule(arg(node, _region_position(node)).target))
 
 
 def _regions(module: fx.GraphModule, kind: str) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
@@ -147,7 +164,10 @@ def _mark_outputs(region: fx.GraphModule) -> None:
     output = next(n for n in region.graph.nodes if n.op == "output")
 
     def mark(value: Any) -> Any:
-        if not (isinstance(value, fx.Node) and _is_float(value)) or value.target is torch.ops.fxlrp.stop.default:
+        if (
+            not (isinstance(value, fx.Node) and _is_float(value))
+            or value.target is torch.ops.fxlrp.stop.default
+        ):
             return value
         with region.graph.inserting_before(output):
             marked = region.graph.call_function(torch.ops.fxlrp.stop.default, (value,))
@@ -165,7 +185,7 @@ def _is_float(node: fx.Node) -> bool:
 
 def _inline(graph: fx.Graph, node: fx.Node, root: torch.nn.Module) -> None:
     region = _region_of(node, root)
-    operands = node.args[_region_position(node) + 1:]
+    operands = node.args[_region_position(node) + 1 :]
     stops = _is_region_of(node, _GRAD_REGION) and not node.args[0]
     inputs = [n for n in region.graph.nodes if n.op == "placeholder"]
     env: dict[fx.Node, Any] = dict(zip(inputs, operands, strict=True))
@@ -183,9 +203,11 @@ def _inline(graph: fx.Graph, node: fx.Node, root: torch.nn.Module) -> None:
             detached.meta = dict(result.meta)
             return detached
 
-        results = pytree.tree_leaves(fx.map_arg(output.args[0], leave), is_leaf=lambda x: isinstance(x, fx.Node))
+        results = pytree.tree_leaves(
+            fx.map_arg(output.args[0], leave), is_leaf=lambda x: isinstance(x, fx.Node)
+        )
     for user in list(node.users):
-        user.replace_all_uses_with(results[user.args[1]])
+        user.replace_all_uses_with(results[arg(user, 1)])
         graph.erase_node(user)
     graph.erase_node(node)
 

@@ -25,10 +25,17 @@ def value(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, fx.Node) else node
 
 
+def arg(node: fx.Node, index: int) -> Any:
+    """A node's positional argument, untyped: fx's own type for it is a union of everything."""
+    return node.args[index]
+
+
 def is_float(node: Any) -> bool:
     """Whether a node computes a floating point or complex tensor, or a tuple with one."""
     return isinstance(node, fx.Node) and any(
-        isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex()) for v in pytree.tree_leaves(value(node)))
+        isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())
+        for v in pytree.tree_leaves(value(node))
+    )
 
 
 def is_op(node: Any, *names: str) -> bool:
@@ -59,7 +66,18 @@ def _plain(item: Any) -> Any:
 
 def without_casts(node: Any) -> Any:
     """The node behind dtype conversions, clones and dropout that is switched off."""
-    while is_op(node, "to", "to_copy", "type_as", "float", "contiguous", "clone", "alias", "dropout", "lift_fresh_copy"):
+    while is_op(
+        node,
+        "to",
+        "to_copy",
+        "type_as",
+        "float",
+        "contiguous",
+        "clone",
+        "alias",
+        "dropout",
+        "lift_fresh_copy",
+    ):
         if is_op(node, "dropout") and len(node.args) > 2 and node.args[2] and node.args[1]:
             break
         node = node.args[0]
@@ -68,12 +86,13 @@ def without_casts(node: Any) -> Any:
 
 def output_node(graph: fx.Graph) -> fx.Node:
     """The graph's output node."""
-    return next(n for n in reversed(graph.nodes) if n.op == "output")
+    found: fx.Node = next(n for n in reversed(graph.nodes) if n.op == "output")
+    return found
 
 
 def outputs(graph: fx.Graph) -> tuple[Any, ...]:
     """What the graph returns."""
-    return tuple(output_node(graph).args[0])
+    return tuple(arg(output_node(graph), 0))
 
 
 def placeholders(graph: fx.Graph) -> Iterator[fx.Node]:

@@ -1,4 +1,4 @@
-"""A call's inputs by name: what the model's own signature calls them, and what tells one traced program from another."""
+"""A call's inputs by the names of the model's signature, and what tells one traced program from another."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Bound:
     """The inputs of one call, bound to the model's signature.
 
     Attributes:
-        names: one name per tensor, as the model's signature calls it (``input_ids``; ``batch.0`` inside containers).
+        names: one name per tensor, as the model's signature calls it (``input_ids``; ``batch.0`` inside
+            containers).
         tensors: the tensor inputs, contiguous, in the order of the names.
         key: what a traced program is specialised on besides shapes: names, dtypes, devices, all other values.
     """
@@ -59,10 +60,15 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     leaves = tuple(leaf for _, leaf in paths)
     names = tuple(_name(path, parameters) for path, leaf in paths if isinstance(leaf, Tensor))
     # Tensors made in inference mode cannot be differentiated even later.
-    tensors = tuple(leaf.clone() if leaf.is_inference() else leaf.contiguous() for leaf in leaves
-                    if isinstance(leaf, Tensor))
+    tensors = tuple(
+        leaf.clone() if leaf.is_inference() else leaf.contiguous()
+        for leaf in leaves
+        if isinstance(leaf, Tensor)
+    )
     if not tensors:
-        raise InputError("No tensor among the inputs. Call the explainer as the model itself: explainer(input_ids, …).")
+        raise InputError(
+            "No tensor among the inputs. Call the explainer as the model itself: explainer(input_ids, …)."
+        )
     constants = tuple(_constant(leaf) for leaf in leaves)
     signature = tuple((t.dtype, t.device, t.dim()) for t in tensors)
     return Bound(names, tensors, (names, signature, constants, str(spec)), leaves, spec)
@@ -76,13 +82,17 @@ def check(bound: Bound, model: nn.Module) -> None:
     """
     for name, tensor in bound.by_name.items():
         if 0 in tensor.shape:
-            raise InputError(f"Input '{name}' of shape {tuple(tensor.shape)} is empty: there is nothing to explain.")
+            raise InputError(
+                f"Input '{name}' of shape {tuple(tensor.shape)} is empty: there is nothing to explain."
+            )
     weights = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
     for name, tensor in bound.by_name.items():
         if weights and tensor.device not in weights:
             raise InputError(
                 f"Input '{name}' is on {tensor.device}, the model's weights are on "
-                f"{', '.join(sorted(map(str, weights)))}. Move it there: {name}.to('{sorted(map(str, weights))[0]}').")
+                f"{', '.join(sorted(map(str, weights)))}. "
+                f"Move it there: {name}.to('{min(map(str, weights))}')."
+            )
 
 
 def fingerprint(model: nn.Module) -> tuple[Any, ...]:
@@ -105,7 +115,7 @@ def ambient_autocast(model: nn.Module) -> tuple[str, torch.dtype] | None:
 
 @contextlib.contextmanager
 def plain_region() -> Iterator[None]:
-    """Outside of any autocast, inference or autograd region of the caller: captured graphs hold those effects already."""
+    """Outside the caller's autocast, inference or autograd regions: captured graphs hold their effects."""
     with contextlib.ExitStack() as stack:
         for device_type in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device_type):

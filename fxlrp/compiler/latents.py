@@ -29,6 +29,8 @@ def find(module: fx.GraphModule, patterns: Sequence[str]) -> dict[str, str]:
     for pattern in patterns:
         matched = {path: name for path, name in last.items() if fnmatch.fnmatchcase(path, pattern)}
         if not matched:
-            raise InputError(f"latents: no module matches {pattern!r}. Modules: {', '.join(list(last)[:8])}, …")
+            raise InputError(
+                f"latents: no module matches {pattern!r}. Modules: {', '.join(list(last)[:8])}, …"
+            )
         found.update(matched)
     return found

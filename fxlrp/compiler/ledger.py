@@ -1,8 +1,8 @@
 """The ledger: where the relevance went. Inputs + absorbed = the explained scalar, per sample.
 
-For every rule node what came in and did not go on is booked by cause, each from its own formula and not as the
-difference that would make the sum right: a rule that loses relevance shows as a residual. Only first-order Taylor
-steps, whose remainder has no other formula, are booked by difference.
+For every rule node what came in and did not go on is booked by cause, each from its own formula and not as
+the difference that would make the sum right: a rule that loses relevance shows as a residual. Only
+first-order Taylor steps, whose remainder has no other formula, are booked by difference.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, fx
 
 from ..rules.base import Linearization, dot
 from .activity import Source, reachable
-from .graphs import is_float, leaves, outputs
+from .graphs import arg, is_float, leaves, outputs
 from .provenance import module_path
-from .rewrite import RuleOp, is_rule
+from .rewrite import is_rule, rule_op
 from .seed import Seed
 
 
@@ -42,17 +42,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Account:
-    """A ledger's figures: the explained scalars ``[batch]``, relevance by input name ``[batch]`` each, and entries."""
+    """A ledger's figures: explained scalars ``[batch]``, relevance by input name ``[batch]``, entries."""
 
     value: Tensor
     inputs: Mapping[str, Tensor]
     entries: tuple[Entry, ...]
 
 
-def account(module: fx.GraphModule, sources: Sequence[Source], seed: Seed, inputs: Sequence[Tensor]) -> Account:
+def account(
+    module: fx.GraphModule, sources: Sequence[Source], seed: Seed, inputs: Sequence[Tensor]
+) -> Account:
     """Run the rule graph once and pull each sample's scalar back by itself, booking at every node.
 
-    ``inputs`` are those of the relevance graph: the model's, a position if the target has one, the seed's operands.
+    ``inputs`` are those of the relevance graph: the model's, a position if the target has one, the seed's
+    operands.
 
     One backward pass per sample: the sum over everything then is that sample's, whatever became of the batch
     dimension inside the model.
@@ -65,12 +68,14 @@ def account(module: fx.GraphModule, sources: Sequence[Source], seed: Seed, input
     read = [values[n] for n in seed.reads(outputs(graph))]
     score, *_ = seed.joint(*read, *operands)
     entries: dict[tuple[str, str, str], list[Tensor]] = {}
-    totals: dict[str, list[Tensor]] = {s.input.target: [] for s in sources}
+    totals: dict[str, list[Tensor]] = {str(s.input.target): [] for s in sources}
     batch = score.shape[0]
     for sample in range(batch):
         seeds = _one(seed, read, operands, sample)
-        arrived = sum((dot(z, g) for z, g in zip(read, seeds, strict=True) if g is not None),
-                      start=torch.zeros((), dtype=torch.float64))
+        arrived = sum(
+            (dot(z, g) for z, g in zip(read, seeds, strict=True) if g is not None),
+            start=torch.zeros((), dtype=torch.float64),
+        )
         _book(entries, ("target", "", "target"), score[sample].double().cpu() - arrived.cpu(), sample)
         cotangents: dict[fx.Node, Any] = {}
         for node, g in zip(seed.reads(outputs(graph)), seeds, strict=True):
@@ -79,19 +84,28 @@ def account(module: fx.GraphModule, sources: Sequence[Source], seed: Seed, input
         _pull(graph, values, steps, dependent, cotangents, entries, sample)
         for source in sources:
             g = cotangents.get(source.node)
-            amount = dot(values[source.node], g).cpu() if g is not None else torch.zeros((), dtype=torch.float64)
-            found = totals[source.input.target]
+            amount = (
+                dot(values[source.node], g).cpu() if g is not None else torch.zeros((), dtype=torch.float64)
+            )
+            found = totals[str(source.input.target)]
             if len(found) <= sample:
                 found.append(amount)
             else:
                 found[sample] = found[sample] + amount
-    rows = tuple(Entry(node, path, cause, torch.stack(_padded(amounts, batch)))
-                 for (node, path, cause), amounts in entries.items())
-    return Account(score.double().cpu(), {name: torch.stack(found) for name, found in totals.items()},
-                   tuple(row for row in rows if bool((row.amount != 0).any())))
+    rows = tuple(
+        Entry(node, path, cause, torch.stack(_padded(amounts, batch)))
+        for (node, path, cause), amounts in entries.items()
+    )
+    return Account(
+        score.double().cpu(),
+        {name: torch.stack(found) for name, found in totals.items()},
+        tuple(row for row in rows if bool((row.amount != 0).any())),
+    )
 
 
-def _forward(module: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[dict[fx.Node, Any], dict[fx.Node, Linearization]]:
+def _forward(
+    module: fx.GraphModule, inputs: Sequence[Tensor]
+) -> tuple[dict[fx.Node, Any], dict[fx.Node, Linearization]]:
     values: dict[fx.Node, Any] = {}
     steps: dict[fx.Node, Linearization] = {}
     given = iter(inputs)
@@ -115,12 +129,19 @@ def _forward(module: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[dict[fx.
     return values, steps
 
 
-def _pull(graph: fx.Graph, values: dict[fx.Node, Any], steps: dict[fx.Node, Linearization],
-          dependent: set[fx.Node], cotangents: dict[fx.Node, Any], entries: dict[Any, list[Tensor]], sample: int) -> None:
+def _pull(
+    graph: fx.Graph,
+    values: dict[fx.Node, Any],
+    steps: dict[fx.Node, Linearization],
+    dependent: set[fx.Node],
+    cotangents: dict[fx.Node, Any],
+    entries: dict[Any, list[Tensor]],
+    sample: int,
+) -> None:
     for node in reversed(graph.nodes):
         if node not in steps or node not in cotangents:
             continue
-        target: RuleOp = node.target
+        target = rule_op(node)
         cotangent = _as_tree(values[node], cotangents[node])
         coefficients = steps[node].pullback(cotangent)
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
@@ -139,13 +160,16 @@ def _pull(graph: fx.Graph, values: dict[fx.Node, Any], steps: dict[fx.Node, Line
 
 def _reads_frozen(node: fx.Node, dependent: set[fx.Node]) -> bool:
     """Whether a constant operand depends on the explained inputs: it is one only because a rule froze it."""
-    return any(leaf in dependent and is_float(leaf) for i, leaf in enumerate(leaves(node))
-               if isinstance(leaf, fx.Node) and i not in node.target.active)
+    return any(
+        leaf in dependent and is_float(leaf)
+        for i, leaf in enumerate(leaves(node))
+        if isinstance(leaf, fx.Node) and i not in rule_op(node).active
+    )
 
 
 def _accumulate(cotangents: dict[fx.Node, Any], node: fx.Node, g: Tensor) -> None:
     if node.target is operator.getitem:
-        parent, index = node.args
+        parent, index = arg(node, 0), arg(node, 1)
         slots = cotangents.setdefault(parent, {})
         slots[index] = slots[index] + g if index in slots else g
     else:
@@ -165,8 +189,9 @@ def _one(seed: Seed, read: Sequence[Tensor], operands: Sequence[Tensor], sample:
     with torch.enable_grad():
         score = seed.score(inputs, operands)[sample]
     floats = [x for x in inputs if x.requires_grad]
-    gradients = iter(torch.autograd.grad(score, floats, allow_unused=True) if score.requires_grad
-                     else [None] * len(floats))
+    gradients = iter(
+        torch.autograd.grad(score, floats, allow_unused=True) if score.requires_grad else [None] * len(floats)
+    )
     return [next(gradients) if x.requires_grad else None for x in inputs]
 
 
@@ -178,4 +203,3 @@ def _book(entries: dict[Any, list[Tensor]], key: Any, amount: Tensor, sample: in
 
 def _padded(amounts: list[Tensor], batch: int) -> list[Tensor]:
     return amounts + [torch.zeros((), dtype=torch.float64)] * (batch - len(amounts))
-

@@ -37,7 +37,7 @@ def _nothing(*args: Any) -> Any:
 
 
 class _Eager:
-    def __init__(self, graph: fx.GraphModule) -> None:
+    def __init__(self, graph: Runner) -> None:
         self.graph = graph
 
     def __call__(self, *args: Any) -> Any:
@@ -46,4 +46,4 @@ class _Eager:
 
 
 class _Inductor(_Eager):
-    """The same, compiled; outside of any inference or autocast region, whose effects are in the graph already."""
+    """The same, compiled; outside inference and autocast regions, whose effects the graph holds already."""

@@ -21,8 +21,8 @@ class _Slot:
 class Outputs:
     """The structure of a model's output, with slots for its tensors.
 
-    Containers that are neither tuples, lists, mappings nor dataclasses (caches, say) hold nothing that a target could
-    read and stand as None.
+    Containers that are neither tuples, lists, mappings nor dataclasses (caches, say) hold nothing that a
+    target could read and stand as None.
     """
 
     structure: Any
@@ -32,11 +32,13 @@ class Outputs:
         return _map(self.structure, _Slot, lambda slot: tensors[slot.index])
 
     def logits(self) -> int | None:
-        """Which tensor holds the logits: the output itself, its field ``logits``, or a tuple's first tensor."""
+        """Where the logits are: the output itself, its field ``logits`` or a tuple's first tensor."""
         structure = self.structure
         if isinstance(structure, _Slot):
             return structure.index
-        field = structure.get("logits") if isinstance(structure, Mapping) else getattr(structure, "logits", None)
+        field = (
+            structure.get("logits") if isinstance(structure, Mapping) else getattr(structure, "logits", None)
+        )
         if field is None and type(structure) in (tuple, list) and structure:
             field = structure[0]
         return field.index if isinstance(field, _Slot) else None
@@ -74,7 +76,9 @@ def _map(value: Any, leaf: type, function: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_map(item, leaf, function) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _map(getattr(value, f.name), leaf, function) for f in dataclasses.fields(value) if f.init}
+        fields = {
+            f.name: _map(getattr(value, f.name), leaf, function) for f in dataclasses.fields(value) if f.init
+        }
         return dataclasses.replace(value, **fields)
     return None
 

@@ -52,13 +52,22 @@ class Program:
     seed: Seed
 
 
-def build(canonical: Canonical, composite: Composite, seed: Seed, rows: Rows | None, *, strict: bool,
-          latents: Mapping[str, str] | None = None, notes: tuple[str, ...] = ()) -> Program:
+def build(
+    canonical: Canonical,
+    composite: Composite,
+    seed: Seed,
+    rows: Rows | None,
+    *,
+    strict: bool,
+    latents: Mapping[str, str] | None = None,
+    notes: tuple[str, ...] = (),
+) -> Program:
     """From a canonical graph to its relevance graph."""
     graph = canonical.graph
     if rows is not None:
-        graph = demand_rows(graph, rows.output, rows.positions, given=rows.given,
-                            whole=(latents or {}).values())
+        graph = demand_rows(
+            graph, rows.output, rows.positions, given=rows.given, whole=(latents or {}).values()
+        )
     targets = seed.reads(outputs(graph.graph))
     sources = explained(graph, targets)
     plan = assign(graph, sources, targets, composite, strict=strict)

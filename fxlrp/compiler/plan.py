@@ -63,14 +63,24 @@ class Plan:
         """The plan as text; structural nodes, whose relevance moves with its elements, on request."""
         rows = [r for r in self.rows if structural or r.kind not in ("structural", "add")]
         header = ("node", "op", "rule", "reason", "module", "source")
-        cells = [(r.node, r.op, _rule_text(r.rule), r.reason, r.module, r.source.split(" in ")[0]) for r in rows]
+        cells = [
+            (r.node, r.op, _rule_text(r.rule), r.reason, r.module, r.source.split(" in ")[0]) for r in rows
+        ]
         widths = [min(40, max(len(row[i]) for row in [header, *cells])) for i in range(len(header))]
-        lines = ["  ".join(_fit(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                 for row in [header, tuple("-" * w for w in widths), *cells]]
+        lines = [
+            "  ".join(_fit(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [header, tuple("-" * w for w in widths), *cells]
+        ]
         hidden = len(self.rows) - len(rows)
         summary = ", ".join(f"{name} {count}" for name, count in self.counts().items())
-        return "\n".join([*lines, f"{len(self.rows)} nodes: {summary}"
-                          + (f" ({hidden} structural rows not shown)" if hidden else ""), *self.notes])
+        return "\n".join(
+            [
+                *lines,
+                f"{len(self.rows)} nodes: {summary}"
+                + (f" ({hidden} structural rows not shown)" if hidden else ""),
+                *self.notes,
+            ]
+        )
 
     def __str__(self) -> str:
         return self.table()
@@ -80,7 +90,9 @@ class Plan:
 
 
 def _rule_text(rule: Rule) -> str:
-    return repr(rule).replace("epsilon=0.0", "").replace("shares=()", "").replace("(, ", "(").replace(", )", ")")
+    return (
+        repr(rule).replace("epsilon=0.0", "").replace("shares=()", "").replace("(, ", "(").replace(", )", ")")
+    )
 
 
 def _fit(text: str, width: int) -> str:

@@ -10,7 +10,7 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<functio
 
 
 def module_path(node: fx.Node) -> str:
-    """Path of the innermost module that the node runs in, as ``model.named_modules()`` gives it; '' if unknown."""
+    """Path of the node's innermost module, as ``model.named_modules()`` gives it; '' if unknown."""
     stack = modules(node)
     return stack[-1][0] if stack else ""
 
@@ -37,7 +37,8 @@ def source_line(node: fx.Node) -> str:
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
     # torch.nn's own frames say less than the line of the model that called them.
     own = [f for f in frames if "/torch/" not in f["file"] and "/fxlrp/compiler/" not in f["file"]] or [
-        f for f in frames if "/fxlrp/compiler/" not in f["file"]]
+        f for f in frames if "/fxlrp/compiler/" not in f["file"]
+    ]
     if not own:
         return ""
     frame = own[-1]

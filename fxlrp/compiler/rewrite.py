@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -42,9 +42,10 @@ class RuleOp:
 
 
 def rewrite(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """Every node of the plan as a :class:`RuleOp`; structural ones too, so that the graph says what carries."""
+    """Every node of the plan as a :class:`RuleOp`; structural ones too, so the graph says what carries."""
     rows = {row.node: row for row in plan}
-    graph, env = fx.Graph(), {}
+    graph = fx.Graph()
+    env: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
         row = rows.get(node.name)
@@ -60,3 +61,8 @@ def rewrite(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 def is_rule(node: Any) -> bool:
     """Whether a node is a rule node."""
     return isinstance(node, fx.Node) and node.op == "call_function" and isinstance(node.target, RuleOp)
+
+
+def rule_op(node: fx.Node) -> RuleOp:
+    """The op and the rule of a rule node."""
+    return cast(RuleOp, node.target)

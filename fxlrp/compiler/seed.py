@@ -19,7 +19,8 @@ class Seed:
     Attributes:
         score: maps the read outputs and the operands to F ``[batch]``.
         outputs: which of the graph's outputs it reads.
-        operand_names: names of LongTensors ``[batch]`` that the relevance graph takes besides the model's inputs.
+        operand_names: names of LongTensors ``[batch]`` that the relevance graph takes besides the model's
+            inputs.
         batch: the batch size, symbolic or not.
         device: where the operands live.
     """
@@ -43,11 +44,14 @@ class Seed:
         """F and its gradient with respect to each read output (None where F does not depend on it)."""
         read = [x.detach().requires_grad_(x.is_floating_point()) for x in arguments[: len(self.outputs)]]
         with torch.enable_grad():
-            scalar = self.score(read, arguments[len(self.outputs):])
+            scalar = self.score(read, arguments[len(self.outputs) :])
             total = scalar.sum()
         floats = [x for x in read if x.requires_grad]
-        grads = iter(torch.autograd.grad(total, floats, allow_unused=True)
-                     if scalar.requires_grad else [None] * len(floats))
+        grads = iter(
+            torch.autograd.grad(total, floats, allow_unused=True)
+            if scalar.requires_grad
+            else [None] * len(floats)
+        )
         return (scalar.detach(), *(next(grads) if x.requires_grad else None for x in read))
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Shapes:
-    """Sizes of the inputs as integers or expressions in symbols, with the conditions that the trace relied on.
+    """Sizes of the inputs as integers or expressions in symbols, with the conditions the trace relied on.
 
-    A size of 1 is let through although torch.export assumes sizes of 2 or more: the graph holds for it, as the
-    caller checks on the first such input, by comparing with the model itself.
+    A size of 1 is let through although torch.export assumes sizes of 2 or more: the graph holds for it, as
+    the caller checks on the first such input, by comparing with the model itself.
     """
 
     sizes: tuple[tuple[Any, ...], ...]
@@ -62,8 +62,12 @@ class Shapes:
 
     def evaluate(self, shape: Sequence[Any], tensors: Sequence[Tensor]) -> tuple[int, ...]:
         """A symbolic shape at the sizes of these inputs."""
-        symbols = {size: actual for sizes, tensor in zip(self.sizes, tensors, strict=True)
-                   for size, actual in zip(sizes, tensor.shape, strict=True) if not isinstance(size, int)}
+        symbols = {
+            size: actual
+            for sizes, tensor in zip(self.sizes, tensors, strict=True)
+            for size, actual in zip(sizes, tensor.shape, strict=True)
+            if not isinstance(size, int)
+        }
         expressions = [_expression(size) for size in shape]
         return tuple(e if isinstance(e, int) else int(e.xreplace(_integers(symbols))) for e in expressions)
 

@@ -1,7 +1,7 @@
-"""Templates: the pullback of one node as a small ATen graph, traced once per distinct node and inlined where it occurs.
+"""Templates: the pullback of one node as a small ATen graph, traced once per distinct node and inlined.
 
-A deep model repeats the same few nodes in every layer. Tracing each distinct one once and copying its graph makes the
-relevance graph of 32 layers cost little more than that of one.
+A deep model repeats the same few nodes in every layer. Tracing each distinct one once and copying its graph
+makes the relevance graph of 32 layers cost little more than that of one.
 """
 
 from __future__ import annotations
@@ -17,20 +17,48 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .functional import rewrite
 
 #: Ops that cost nothing at run time, so that a backward may repeat them instead of keeping the forward's.
-_FREE = frozenset("""view reshape _unsafe_view unsqueeze squeeze transpose permute t expand detach alias slice select
-    sym_size mul add sub floordiv getitem scalar_tensor""".split())
+_FREE = frozenset(
+    [
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "unsqueeze",
+        "squeeze",
+        "transpose",
+        "permute",
+        "t",
+        "expand",
+        "detach",
+        "alias",
+        "slice",
+        "select",
+        "sym_size",
+        "mul",
+        "add",
+        "sub",
+        "floordiv",
+        "getitem",
+        "scalar_tensor",
+    ]
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """A traced function of tensors: its graph, inputs and flat outputs."""
+    """A traced function of tensors: its graph, inputs, flat outputs, and tensors that it closes over."""
 
     graph: fx.Graph
     inputs: tuple[fx.Node, ...]
     outputs: tuple[Any, ...]
+    constants: dict[str, Any] = field(default_factory=dict)
 
-    def inline(self, into: fx.Graph, operands: Sequence[Any], wanted: Sequence[int],
-               known: dict[fx.Node, Any] | None = None) -> list[Any]:
+    def inline(
+        self,
+        into: fx.Graph,
+        operands: Sequence[Any],
+        wanted: Sequence[int],
+        known: dict[fx.Node, Any] | None = None,
+    ) -> list[Any]:
         """Copy what some of the outputs need into a graph.
 
         Args:
@@ -53,7 +81,7 @@ class Template:
         return [env[r] if isinstance(r, fx.Node) else r for r in roots]
 
     def saves(self, outputs: Sequence[int], later: Sequence[int]) -> bool:
-        """Whether later outputs need values that earlier ones compute on the way and that are not free to repeat."""
+        """Whether later outputs need values that earlier ones compute and that are not free to repeat."""
         first = [self.outputs[i] for i in outputs]
         forward = ancestors([n for n in first if isinstance(n, fx.Node)], set(self.inputs))
         ends = set(self.inputs) | set(first)
@@ -80,26 +108,30 @@ def _is_free(node: fx.Node) -> bool:
     if packet is None:
         return getattr(target, "__name__", "") in _FREE
     value = node.meta.get("val")
-    return packet.__name__ in _FREE and (packet.__name__ not in ("mul", "add", "sub") or not isinstance(value, Tensor))
+    return packet.__name__ in _FREE and (
+        packet.__name__ not in ("mul", "add", "sub") or not isinstance(value, Tensor)
+    )
 
 
 def trace(function: Callable[..., Sequence[Any]], values: Sequence[Any]) -> Template:
-    """Trace a function on fake tensors and symbolic sizes; below autograd, so its vector-Jacobian products are ops."""
+    """Trace a function on fake tensors and symbolic sizes; below autograd, so that its vjps are ops."""
     with torch.no_grad():
         # New tensor objects, since tracing tells operands apart by identity and one may be given twice.
         module = make_fx(function)(*(v.detach() if isinstance(v, Tensor) else v for v in values))
     graph = module.graph
     rewrite(graph, module)  # decompositions may use in-place steps
-    attributes = [n for n in graph.nodes if n.op == "get_attr"]
-    if attributes:
-        raise AssertionError(f"a template closes over {attributes}: everything that it reads must be an operand")
+    constants = {node.target: getattr(module, node.target) for node in graph.nodes if node.op == "get_attr"}
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+        if node.op == "call_function" and node.target in (
+            torch.ops.aten.detach.default,
+            torch.ops.aten.alias.default,
+        ):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     output = next(n for n in graph.nodes if n.op == "output")
     flat = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
-    return Template(graph, tuple(n for n in graph.nodes if n.op == "placeholder"), tuple(flat))
+    inputs = tuple(n for n in graph.nodes if n.op == "placeholder")
+    return Template(graph, inputs, tuple(flat), constants)
 
 
 @dataclass(eq=False)
@@ -122,10 +154,14 @@ class Templates:
 
 
 def describe(value: Any) -> Any:
-    """What a template depends on in one operand: dtype, device, sizes and strides of a tensor, a symbol, a constant."""
+    """What a template depends on per operand: a tensor's dtype, device, sizes, strides; symbol, constant."""
     if isinstance(value, Tensor):
-        return (value.dtype, value.device, tuple(map(str, value.shape)),
-                tuple(map(str, value.stride())) if value.layout is torch.strided else None)
+        return (
+            value.dtype,
+            value.device,
+            tuple(map(str, value.shape)),
+            tuple(map(str, value.stride())) if value.layout is torch.strided else None,
+        )
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return str(value)
     return type(value), value

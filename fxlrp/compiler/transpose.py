@@ -1,4 +1,4 @@
-"""Transpose: rule graph + target -> relevance graph: inputs in, relevance out, one fx graph without autograd."""
+"""Transpose: rule graph + target -> relevance graph: inputs in, relevance out, without autograd."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..rules import Structural
 from ..rules.base import Call
 from .activity import Source
 from .cleanup import clean
-from .graphs import fake_mode, is_op, outputs, tree, value
-from .rewrite import RuleOp, is_rule
+from .graphs import arg, fake_mode, is_op, outputs, tree, value
+from .rewrite import is_rule, rule_op
 from .seed import Seed
 from .template import Templates
 
@@ -26,8 +26,9 @@ from .template import Templates
 class Relevance:
     """A relevance graph with the order of what it returns.
 
-    The graph returns ``(relevance, value, coefficients, latents)``: relevance and coefficients as tuples in the order
-    of ``names``, the explained scalars ``[batch]``, and pairs of relevance and coefficient in the order of ``latents``.
+    The graph returns ``(relevance, value, coefficients, latents)``: relevance and coefficients as tuples in
+    the order of ``names``, the explained scalars ``[batch]``, and pairs of relevance and coefficient in the
+    order of ``latents``.
     """
 
     graph: fx.GraphModule
@@ -35,8 +36,9 @@ class Relevance:
     latents: tuple[str, ...]
 
 
-def transpose(module: fx.GraphModule, sources: Sequence[Source], seed: Seed, *,
-              latents: dict[str, str] | None = None) -> Relevance:
+def transpose(
+    module: fx.GraphModule, sources: Sequence[Source], seed: Seed, *, latents: dict[str, str] | None = None
+) -> Relevance:
     """Differentiate the rule graph into its relevance graph.
 
     Args:
@@ -50,7 +52,7 @@ def transpose(module: fx.GraphModule, sources: Sequence[Source], seed: Seed, *,
 
 @dataclass(eq=False)
 class _Transposition:
-    """One run of :func:`transpose`: the graph under construction and what stands for each node's value and coefficient."""
+    """One run of :func:`transpose`: the graph under construction, each node's value and coefficient in it."""
 
     module: fx.GraphModule
     sources: tuple[Source, ...]
@@ -60,6 +62,7 @@ class _Transposition:
     values: dict[fx.Node, Any] = field(default_factory=dict)
     cotangents: dict[fx.Node, Any] = field(default_factory=dict)
     pending: dict[fx.Node, Any] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self) -> Relevance:
         self.templates = Templates(fake_mode(self.module.graph))
@@ -80,30 +83,37 @@ class _Transposition:
         by_name = {node.name: node for node in nodes}
         latents = tuple(
             (self._call("relevance", operator.mul, by_name[at], kept[by_name[at]]), kept[by_name[at]])
-            for at in self.latents.values() if by_name[at] in kept)
+            for at in self.latents.values()
+            if by_name[at] in kept
+        )
         relevance = tuple(r for r, _ in by_input.values())
         self.graph.output((relevance, scalar, tuple(c for _, c in by_input.values()), latents))
-        graph = clean(self.module, self.graph)
-        return Relevance(graph, tuple(by_input), tuple(n for n, at in self.latents.items() if by_name[at] in kept))
+        graph = clean(self.module, self.graph, self.constants)
+        return Relevance(
+            graph, tuple(by_input), tuple(n for n, at in self.latents.items() if by_name[at] in kept)
+        )
 
-    # -- forward ------------------------------------------------------------------------------------------------
+    # -- forward ---------------------------------------------------------------------------------------------
 
     def _forward(self, node: fx.Node) -> None:
-        """Copy a node; where its pullback needs more than its operands and output, copy its template's forward."""
-        if is_rule(node) and node.target.active:
+        """Copy a node; where its pullback needs more than its operands and output, copy its template's
+        forward.
+        """
+        if is_rule(node) and rule_op(node).active:
             template, flat, outs = self._template(node)
             later = [i for i in range(len(template.outputs)) if i >= outs]
             if template.saves(range(outs), later):
                 known: dict[fx.Node, Any] = {}
-                results = template.inline(self.graph, [*self._operands(flat), *[None] * self._seeds(node)],
-                                          range(outs), known)
+                results = template.inline(
+                    self.graph, [*self._operands(flat), *[None] * self._seeds(node)], range(outs), known
+                )
                 self._mark(known.values(), node, "")
                 self.pending[node] = known
                 self.values[node] = results[0] if isinstance(value(node), Tensor) else tuple(results)
                 return
         copied = self.graph.node_copy(node, self._value)
         if is_rule(node):
-            copied.target = node.target.op
+            copied.target = rule_op(node).op
         copied.meta = dict(node.meta)
         self.values[node] = copied
 
@@ -113,36 +123,41 @@ class _Transposition:
     def _operands(self, flat: Sequence[Any]) -> list[Any]:
         return [self.values[x] if isinstance(x, fx.Node) else x for x in flat]
 
-    # -- backward -----------------------------------------------------------------------------------------------
+    # -- backward --------------------------------------------------------------------------------------------
 
     def _template(self, node: fx.Node) -> tuple[Any, list[fx.Node], int]:
-        """The joint template of a rule node (outputs first, then coefficients), its operand nodes, and the number of
-        outputs."""
-        rule_op: RuleOp = node.target
+        """The joint template of a rule node (outputs first, then coefficients), its operand nodes, and the
+        number of outputs.
+        """
+        step_op = rule_op(node)
         flat, spec = tree(node)
         operands = [x for x in flat if isinstance(x, fx.Node)]
         constants = tuple(None if isinstance(x, fx.Node) else x for x in flat)
         result_leaves, result_spec = pytree.tree_flatten(value(node))
-        present = tuple(isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex()) for v in result_leaves)
+        present = tuple(
+            isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex()) for v in result_leaves
+        )
 
         def joint(*arguments: Any) -> tuple[Any, ...]:
-            given, seeds = iter(arguments[: len(operands)]), iter(arguments[len(operands):])
+            given, seeds = iter(arguments[: len(operands)]), iter(arguments[len(operands) :])
             leaves = [next(given) if isinstance(x, fx.Node) else x for x in flat]
             args, kwargs = pytree.tree_unflatten(leaves, spec)
-            step = rule_op.rule.linearize(Call(rule_op.op, args, kwargs, rule_op.active))
+            step = step_op.rule.linearize(Call(step_op.op, args, kwargs, step_op.active))
             cotangent = pytree.tree_unflatten([next(seeds) if p else None for p in present], result_spec)
             coefficients = step.pullback(cotangent)
             return (*pytree.tree_leaves(step.output), *coefficients)
 
         with self.templates.mode:
             seeds = [torch.empty_like(v) for v, p in zip(result_leaves, present, strict=True) if p]
-        key = (rule_op, str(spec), tuple((type(c), str(c)) for c in constants))
+        key = (step_op, str(spec), tuple((type(c), str(c)) for c in constants))
         template = self.templates.get(key, joint, [*(value(x) for x in operands), *seeds])
         return template, operands, len(result_leaves)
 
     def _seeds(self, node: fx.Node) -> int:
-        return sum(isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())
-                   for v in pytree.tree_leaves(value(node)))
+        return sum(
+            isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())
+            for v in pytree.tree_leaves(value(node))
+        )
 
     def _backward(self, node: fx.Node) -> None:
         template, operands, outs = self._template(node)
@@ -155,10 +170,10 @@ class _Transposition:
         seeds = self._cotangent_leaves(node)
         before = set(known)
         flat, _ = tree(node)
-        wanted = [outs + i for i in range(len(node.target.active))]
+        wanted = [outs + i for i in range(len(rule_op(node).active))]
         results = template.inline(self.graph, [*self._operands(operands), *seeds], wanted, known)
         self._mark([n for k, n in known.items() if k not in before], node, "relevance of ")
-        for position, coefficient in zip(node.target.active, results, strict=True):
+        for position, coefficient in zip(rule_op(node).active, results, strict=True):
             if coefficient is not None:
                 self._accumulate(flat[position], coefficient)
 
@@ -171,8 +186,11 @@ class _Transposition:
         for i, leaf in enumerate(pytree.tree_leaves(value(node))):
             if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
                 if i not in cotangent:
-                    output = self.graph.call_function(operator.getitem, (self.values[node], i)) if not isinstance(
-                        self.values[node], tuple) else self.values[node][i]
+                    output = (
+                        self.graph.call_function(operator.getitem, (self.values[node], i))
+                        if not isinstance(self.values[node], tuple)
+                        else self.values[node][i]
+                    )
                     cotangent[i] = self.graph.call_function(torch.ops.aten.zeros_like.default, (output,))
                 found.append(cotangent[i])
         return found
@@ -180,7 +198,7 @@ class _Transposition:
     def _accumulate(self, node: fx.Node, coefficient: Any) -> None:
         """Add to a node's coefficient; an element of a tuple to its place in the tuple's."""
         if node.op == "call_function" and node.target is operator.getitem:
-            parent, index = node.args
+            parent, index = arg(node, 0), arg(node, 1)
             slots = self.cotangents.setdefault(parent, {})
             slots[index] = self._sum(slots.get(index), coefficient)
         else:
@@ -194,11 +212,13 @@ class _Transposition:
     def _mark(self, made: Any, node: fx.Node, prefix: str) -> None:
         for new in made:
             if isinstance(new, fx.Node) and new.op == "call_function" and "relevance_of" not in new.meta:
-                new.meta.update({k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta})
+                new.meta.update(
+                    {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
+                )
                 if prefix:
                     new.meta["relevance_of"] = node.name
 
-    # -- ends ---------------------------------------------------------------------------------------------------
+    # -- ends ------------------------------------------------------------------------------------------------
 
     def _seed(self) -> tuple[Any, list[tuple[fx.Node, Any]]]:
         nodes = self.seed.reads(outputs(self.module.graph))
@@ -207,12 +227,20 @@ class _Transposition:
         for placeholder in reversed(extra):
             last.append(placeholder)
         fakes = self.seed.operand_values(self.templates.mode)
-        template = self.templates.get(("seed", id(self.seed)), self.seed.joint, [*(value(n) for n in nodes), *fakes])
+        template = self.templates.get(
+            ("seed", id(self.seed)), self.seed.joint, [*(value(n) for n in nodes), *fakes]
+        )
         for placeholder, fake in zip(extra, fakes, strict=True):
             placeholder.meta["val"] = fake
+        for node in template.graph.nodes:  # tensors that the user's target function closes over
+            if node.op == "get_attr" and node.target in template.constants:
+                name = f"target{node.target}"
+                self.constants[name] = template.constants[node.target]
+                node.target = name
         wanted = range(len(template.outputs))
         scalar, *coefficients = template.inline(
-            self.graph, [*(self.values[n] for n in nodes), *extra], wanted)
+            self.graph, [*(self.values[n] for n in nodes), *extra], wanted
+        )
         return scalar, [(n, c) for n, c in zip(nodes, coefficients, strict=True) if c is not None]
 
     def _relevance(self, kept: dict[fx.Node, Any]) -> dict[str, tuple[Any, Any]]:
@@ -221,11 +249,13 @@ class _Transposition:
         for source in self.sources:
             if source.node not in kept:
                 continue
-            name, coefficient = source.input.target, kept[source.node]
+            name, coefficient = str(source.input.target), kept[source.node]
             if not source.is_lookup:
                 relevance = self._call("relevance", operator.mul, source.node, coefficient)
             else:
-                relevance = self._route(source, self._call("tokens", _token_relevance, source.node, coefficient))
+                relevance = self._route(
+                    source, self._call("tokens", _token_relevance, source.node, coefficient)
+                )
             if name in found:
                 relevance = self.graph.call_function(torch.ops.aten.add.Tensor, (found[name][0], relevance))
                 coefficient = found[name][1]
@@ -257,9 +287,10 @@ class _Transposition:
         return source.path[index - 1] if index else source.input
 
     def _id_template(self, node: fx.Node, previous: fx.Node) -> Any:
-        """The vector-Jacobian product of an integer step, taken as if ids were real numbers: it moves elements."""
+        """The vjp of an integer step, taken as if ids were real numbers: it moves elements."""
         flat, spec = tree(node)
         operands = [x for x in flat if isinstance(x, fx.Node)]
+        op: Any = node.target
         dtype = next(value(s.node).dtype for s in self.sources if s.is_lookup)
 
         def routed(*arguments: Any) -> tuple[Any, ...]:
@@ -270,13 +301,15 @@ class _Transposition:
                 leaf = next(given) if isinstance(x, fx.Node) else x
                 if x is previous:
                     position = len(leaves)
-                if isinstance(leaf, Tensor) and leaf.dtype in _IDS and not is_op(node, "index_select") or x is previous:
+                if (
+                    isinstance(leaf, Tensor) and leaf.dtype in _IDS and not is_op(node, "index_select")
+                ) or x is previous:
                     leaf = leaf.to(dtype)
                 elif isinstance(x, torch.dtype):
                     leaf = dtype
                 leaves.append(leaf)
             args, kwargs = pytree.tree_unflatten(leaves, spec)
-            return Structural().linearize(Call(node.target, args, kwargs, (position,))).pullback(arguments[-1])
+            return Structural().linearize(Call(op, args, kwargs, (position,))).pullback(arguments[-1])
 
         with self.templates.mode:
             cotangent = torch.empty_like(value(node), dtype=dtype)
@@ -288,4 +321,3 @@ _IDS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 def _token_relevance(embedding: Tensor, coefficient: Tensor) -> Tensor:
     return (embedding * coefficient).sum(-1)
-

@@ -1,4 +1,4 @@
-"""Verifiers: what must hold of each stage's graph. A broken one is a bug of fxlrp, found where it was made."""
+"""Verifiers: what must hold of each stage's graph. A broken one is a bug of fxlrp, found where it arose."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def verify_functional(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def verify_rules(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """Every row of the plan is a rule node, every active operand is floating point, and nothing else is a rule node."""
+    """Every row of the plan is a rule node and nothing else is; every active operand is floating point."""
     rows = {row.node: row for row in plan}
     rule_nodes = {node.name: node for node in module.graph.nodes if is_rule(node)}
     if rows.keys() != rule_nodes.keys():
@@ -50,7 +50,7 @@ def verify_rules(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
 
 def verify_relevance(module: fx.GraphModule) -> fx.GraphModule:
-    """Plain ATen and functions of it: no rule nodes, no autograd, no mutation; relevance has its inputs' batch."""
+    """Plain ATen and its functions: no rule nodes, autograd or mutation; relevance has its inputs' batch."""
     for node in module.graph.nodes:
         if is_rule(node):
             raise GraphError(f"'{node.name}' is still a rule node")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .base import Call, Linearization, Rule, vjp
 
-#: |x| below which f(x)/x is replaced by its series; the next term of each series is then below float64's rounding.
+#: |x| below which f(x)/x is replaced by its series, whose next term is below float64's rounding.
 _SMALL = 1e-4
 
 
@@ -35,8 +35,11 @@ def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
 
 def _elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
     negative = torch.where(x > 0, -1.0, x)
-    below = _series(negative, lambda t: torch.expm1(t * input_scale) / t,
-                    input_scale * (1.0 + 0.5 * negative * input_scale))
+    below = _series(
+        negative,
+        lambda t: torch.expm1(t * input_scale) / t,
+        input_scale * (1.0 + 0.5 * negative * input_scale),
+    )
     return torch.where(x > 0, scale, scale * alpha * below)
 
 
@@ -49,12 +52,11 @@ def _celu(x: Tensor, alpha: float = 1.0) -> Tensor:
 
 
 def _clamp(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
-    return _series(x, lambda t: torch.clamp(t, low, high) / t,
-                   torch.ones_like(x) * _inside(low, high))
+    return _series(x, lambda t: torch.clamp(t, low, high) / t, torch.ones_like(x) * _inside(low, high))
 
 
 def _inside(low: Any, high: Any) -> float:
-    # At 0 a bound that is itself 0 cuts one side off; the limit from the other side is taken, as for ReLU at 0: 0.
+    # At 0 a bound that is itself 0 cuts one side off; the other side's limit is taken, as ReLU's 0 at 0.
     return 0.0 if low == 0 or high == 0 else 1.0
 
 
@@ -96,9 +98,9 @@ RATIOS: dict[str, Callable[..., Tensor]] = {
 class Identity(Rule):
     """The identity rule: an elementwise activation hands its relevance on unchanged.
 
-    For f with f(0)=0, ``R_x = R_z`` means the coefficient ``G * f(x)/x``, which is taken in closed form: SiLU gives
-    ``sigmoid(x)``, GELU ``Phi(x)``, ReLU its step, ``x * g(x)`` gives ``g(x)``; elsewhere a series near 0. Nothing is
-    absorbed.
+    For f with f(0)=0, ``R_x = R_z`` means the coefficient ``G * f(x)/x``, which is taken in closed form: SiLU
+    gives ``sigmoid(x)``, GELU ``Phi(x)``, ReLU its step, ``x * g(x)`` gives ``g(x)``; elsewhere a series near
+    0. Nothing is absorbed.
 
     Shapes: x, z, G and the coefficient are equal.
 

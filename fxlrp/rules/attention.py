@@ -15,9 +15,10 @@ from .base import Call, Cotangent, Linearization, Rule, dot, remainder, vjp
 class AttentionRule(Rule):
     """AttnLRP's attention: the ordinary backward with q and k times 1/4 and v times 1/2.
 
-    The composition of the uniform rule for ``A v`` (1/2 each), the softmax rule, and the uniform rule for ``q k^T``
-    (1/2 each), so any fused attention backward will do and no N x N matrix is needed. An operand that carries no
-    relevance leaves its share to the other one. What the softmax's Taylor step leaves over is ``remainder``.
+    The composition of the uniform rule for ``A v`` (1/2 each), the softmax rule, and the uniform rule for
+    ``q k^T`` (1/2 each), so any fused attention backward will do and no N x N matrix is needed. An operand
+    that carries no relevance leaves its share to the other one. What the softmax's Taylor step leaves over is
+    ``remainder``.
 
     Shapes: q ``[batch, heads, queries, d]``, k ``[batch, heads, keys, d]``, v ``[batch, heads, keys, e]``.
 
@@ -32,8 +33,13 @@ class AttentionRule(Rule):
 
     def linearize(self, call: Call) -> Linearization:
         step, shares = vjp(call), self._shares(call)
-        return Linearization(step.output, lambda cotangent: tuple(
-            None if g is None else g * share for g, share in zip(step.pullback(cotangent), shares, strict=True)))
+        return Linearization(
+            step.output,
+            lambda cotangent: tuple(
+                None if g is None else g * share
+                for g, share in zip(step.pullback(cotangent), shares, strict=True)
+            ),
+        )
 
     @staticmethod
     def _shares(call: Call) -> tuple[float, ...]:
@@ -42,12 +48,13 @@ class AttentionRule(Rule):
         outer = 0.5 if value_active and scores else 1.0
         return tuple(outer if i == _VALUE else outer / len(scores) for i in call.active)
 
-    def absorbed(self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
-                 ) -> dict[str, Tensor]:
+    def absorbed(
+        self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
+    ) -> dict[str, Tensor]:
         if call.active == (_VALUE,):
             return {}
-        # The value's share must conserve by itself; only the scores' share may leave a Taylor remainder. Booking
-        # the whole difference would hide an error in the value's share.
+        # The value's share must conserve by itself; only the scores' share may leave a Taylor remainder.
+        # Booking the whole difference would hide an error in the value's share.
         by_leaf = dict(zip(call.active, coefficients, strict=True))
         shares = dict(zip(call.active, self._shares(call), strict=True))
         scores = dot(output, cotangent) * (1 - shares.get(_VALUE, 0.0))
@@ -80,8 +87,9 @@ class GradientAttention(AttentionRule):
     def linearize(self, call: Call) -> Linearization:
         return vjp(call)
 
-    def absorbed(self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
-                 ) -> dict[str, Tensor]:
+    def absorbed(
+        self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
+    ) -> dict[str, Tensor]:
         return {"remainder": remainder(call, output, cotangent, coefficients)}
 
 

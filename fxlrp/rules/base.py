@@ -1,9 +1,10 @@
 """What a rule is: a modified vector-Jacobian product of one op.
 
-Every tensor ``a`` of the graph carries a coefficient ``G`` of its own shape, and its relevance is ``R = a * G``
-(elementwise). A rule takes an op's operands and returns the op's own output together with a *pullback*: the map from
-the coefficient of the output to the coefficients of the operands that carry relevance. Rules are plain functions of
-tensors; the compiler runs them on fake tensors to build the relevance graph, and the ledger on real ones.
+Every tensor ``a`` of the graph carries a coefficient ``G`` of its own shape, and its relevance is
+``R = a * G`` (elementwise). A rule takes an op's operands and returns the op's own output together with a
+*pullback*: the map from the coefficient of the output to the coefficients of the operands that carry
+relevance. Rules are plain functions of tensors; the compiler runs them on fake tensors to build the relevance
+graph, and the ledger on real ones.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-#: Coefficient(s) of an op's output: one tensor, or one per output of a multi-output op (None where none arrives).
+#: Coefficient(s) of an op's output: one tensor, or one per output of the op (None where none arrives).
 Cotangent = Any
 #: Maps the coefficient of the output to the coefficients of the active operands, in their order.
 Pullback = Callable[[Cotangent], tuple["Tensor | None", ...]]
@@ -72,8 +73,8 @@ class Linearization:
 class Rule(abc.ABC):
     """A rule of layer-wise relevance propagation, as a frozen value.
 
-    Subclasses are frozen dataclasses. ``linearize`` says what the rule does, ``absorbed`` what the rule keeps back:
-    for every rule and every coefficient G of an output z,
+    Subclasses are frozen dataclasses. ``linearize`` says what the rule does, ``absorbed`` what the rule keeps
+    back: for every rule and every coefficient G of an output z,
     ``sum(z * G) = sum_i sum(x_i * G_i) + sum(absorbed)`` holds to float precision.
     """
 
@@ -86,8 +87,9 @@ class Rule(abc.ABC):
     def linearize(self, call: Call) -> Linearization:
         """Run the op and return its output with the pullback of this rule."""
 
-    def absorbed(self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
-                 ) -> dict[str, Tensor]:
+    def absorbed(
+        self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
+    ) -> dict[str, Tensor]:
         """Relevance that stays behind at this node, by cause; float64 scalars. Nothing by default."""
         return {}
 
@@ -105,8 +107,11 @@ def vjp(call: Call) -> Linearization:
     outputs, spec = pytree.tree_flatten(output)
 
     def pullback(cotangent: Cotangent) -> tuple[Tensor | None, ...]:
-        pairs = [(z, g) for z, g in zip(outputs, pytree.tree_leaves(cotangent, is_leaf=_is_none), strict=True)
-                 if g is not None and isinstance(z, Tensor) and z.requires_grad]
+        pairs = [
+            (z, g)
+            for z, g in zip(outputs, pytree.tree_leaves(cotangent, is_leaf=_is_none), strict=True)
+            if g is not None and isinstance(z, Tensor) and z.requires_grad
+        ]
         if not pairs:
             return (None,) * len(inputs)
         zs, gs = zip(*pairs, strict=True)
@@ -117,14 +122,17 @@ def vjp(call: Call) -> Linearization:
 
 
 def dot(value: Any, coefficient: Cotangent) -> Tensor:
-    """``sum(value * coefficient)`` in float64 over tensors or matching trees; the real part for complex tensors."""
+    """``sum(value * coefficient)`` in float64 over tensors or matching trees; the real part if complex."""
     total = torch.zeros((), dtype=torch.float64)
-    leaves = zip(pytree.tree_leaves(value, is_leaf=_is_none), pytree.tree_leaves(coefficient, is_leaf=_is_none),
-                 strict=True)
+    leaves = zip(
+        pytree.tree_leaves(value, is_leaf=_is_none),
+        pytree.tree_leaves(coefficient, is_leaf=_is_none),
+        strict=True,
+    )
     for z, g in leaves:
         if g is None or not isinstance(z, Tensor):
             continue
-        # A coefficient of exactly 0 means that nothing arrives, whatever the value: 0 * inf must not become NaN.
+        # A coefficient of exactly 0: nothing arrives, whatever the value. 0 * inf must not become NaN.
         if z.is_complex():
             z, g = torch.view_as_real(z), torch.view_as_real(g.resolve_conj())
         product = torch.where(g == 0, 0.0, z.double() * g.double())
@@ -136,7 +144,8 @@ def remainder(call: Call, output: Any, cotangent: Cotangent, coefficients: Seque
     """What a first-order step leaves over: ``sum(z * G) - sum_i sum(x_i * G_i)``."""
     return dot(output, cotangent) - sum(
         (dot(x, g) for x, g in zip(call.operands(), coefficients, strict=True) if g is not None),
-        start=torch.zeros((), dtype=torch.float64))
+        start=torch.zeros((), dtype=torch.float64),
+    )
 
 
 def _is_none(value: Any) -> bool:
@@ -145,18 +154,19 @@ def _is_none(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Gradient(Rule):
-    """The ordinary vector-Jacobian product, of any differentiable op: Gradient x Input where nothing else is used.
+    """The vector-Jacobian product of any differentiable op: Gradient x Input where nothing else is used.
 
     For a function f at x this is the first-order Taylor step ``R_x = x * f'(x) * G``; what it leaves over,
-    ``sum(f(x) * G) - sum(x * f'(x) * G)``, is booked as ``remainder``. For ops that are affine or homogeneous of
-    degree 1 (max, top-k, ReLU) the remainder is their constant part or 0.
+    ``sum(f(x) * G) - sum(x * f'(x) * G)``, is booked as ``remainder``. For ops that are affine or homogeneous
+    of degree 1 (max, top-k, ReLU) the remainder is their constant part or 0.
     """
 
     def linearize(self, call: Call) -> Linearization:
         return vjp(call)
 
-    def absorbed(self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
-                 ) -> dict[str, Tensor]:
+    def absorbed(
+        self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
+    ) -> dict[str, Tensor]:
         return {"remainder": remainder(call, output, cotangent, coefficients)}
 
 
@@ -167,7 +177,7 @@ class Taylor(Gradient):
 
 @dataclass(frozen=True)
 class WinnerTakesAll(Gradient):
-    """All relevance to the element that was chosen: max, top-k, pooling, selection by data (Bach et al. 2015)."""
+    """All relevance to the chosen element: max, top-k, pooling, selection by data (Bach et al. 2015)."""
 
     @property
     def name(self) -> str:
@@ -178,8 +188,8 @@ class WinnerTakesAll(Gradient):
 class Freeze(Rule):
     """The output counts as a constant: CP-LRP's attention weights and gates, Ali et al. 2022's AH-rule.
 
-    The coefficient of every operand is 0. A product with a frozen factor is linear in the other one, so nothing is
-    lost there; relevance that arrives at the frozen output itself is booked as ``frozen``.
+    The coefficient of every operand is 0. A product with a frozen factor is linear in the other one, so
+    nothing is lost there; relevance that arrives at the frozen output itself is booked as ``frozen``.
     """
 
     freezes: ClassVar[bool] = True
@@ -187,6 +197,7 @@ class Freeze(Rule):
     def linearize(self, call: Call) -> Linearization:
         return Linearization(call.run(), lambda cotangent: (None,) * len(call.active))
 
-    def absorbed(self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
-                 ) -> dict[str, Tensor]:
+    def absorbed(
+        self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
+    ) -> dict[str, Tensor]:
         return {"frozen": dot(output, cotangent)}

@@ -32,7 +32,8 @@ class Selector:
     def matches(self, kind: str, module_path: str) -> bool:
         """Whether a node of this kind in this module is meant."""
         return (self.kind is None or self.kind == kind) and (
-            self.path is None or fnmatch.fnmatchcase(module_path, self.path))
+            self.path is None or fnmatch.fnmatchcase(module_path, self.path)
+        )
 
 
 def op(kind: str) -> Selector:
@@ -50,8 +51,9 @@ class Composite:
     """Rules by op kind.
 
     Attributes:
-        entries: pairs of a selector and a rule; the first that matches a node wins. An entry speaks only for the
-            kinds of ops that its rule is defined for: ``(name("*.mlp.*"), Epsilon(0.1))`` leaves activations alone.
+        entries: pairs of a selector and a rule; the first that matches a node wins. An entry speaks only for
+            the kinds of ops that its rule is defined for: ``(name("*.mlp.*"), Epsilon(0.1))`` leaves
+            activations alone.
         base: name of the preset that decides what no entry matches.
         title: how reports call it.
     """
@@ -64,15 +66,22 @@ class Composite:
         object.__setattr__(self, "entries", tuple(self.entries))
         preset(self.base)
         for entry in self.entries:
-            if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], Selector)
-                    and isinstance(entry[1], Rule)):
+            if not (
+                isinstance(entry, tuple)
+                and len(entry) == 2
+                and isinstance(entry[0], Selector)
+                and isinstance(entry[1], Rule)
+            ):
                 raise CompositeError(
                     "Composite entries are pairs (selector, rule), as (fxlrp.op('linear'), "
-                    f"Epsilon(1e-6)); got {entry!r}.")
+                    f"Epsilon(1e-6)); got {entry!r}."
+                )
             selector, rule = entry
             if selector.kind is not None and rule.kinds is not None and selector.kind not in rule.kinds:
-                raise CompositeError(f"{rule!r} is not defined for ops of kind {selector.kind!r}, only for "
-                                     f"{', '.join(sorted(rule.kinds))}.")
+                raise CompositeError(
+                    f"{rule!r} is not defined for ops of kind {selector.kind!r}, only for "
+                    f"{', '.join(sorted(rule.kinds))}."
+                )
 
     def rule(self, kind: str, module_path: str) -> tuple[Rule, str]:
         """The rule for a node, and where it comes from."""
@@ -103,41 +112,67 @@ class Preset:
     allows_any_op: bool = False
 
 
-_GRADIENT: Mapping[str, Rule] = MappingProxyType({
-    **{kind: Gradient() for kind in KINDS},
-    "linear": Epsilon(), "add": Structural(), "structural": Structural(),
-    "attention": GradientAttention(),
-})
+_GRADIENT: Mapping[str, Rule] = MappingProxyType(
+    {
+        **{kind: Gradient() for kind in KINDS},
+        "linear": Epsilon(),
+        "add": Structural(),
+        "structural": Structural(),
+        "attention": GradientAttention(),
+    }
+)
 
-_ATTNLRP: Mapping[str, Rule] = MappingProxyType({
-    "linear": Epsilon(),
-    "add": Structural(),
-    "structural": Structural(),
-    "product": Uniform(),
-    "matmul": Uniform(),
-    "division": FreezeDenominator(),
-    "attention": AttentionRule(),
-    "attention_weights": SoftmaxTaylor(),
-    "softmax": SoftmaxTaylor(),
-    "norm": NormRule(),
-    "activation": Identity(),
-    "gate": Freeze(),
-    "nonlinear": Taylor(),
-    "selection": WinnerTakesAll(),
-})
+_ATTNLRP: Mapping[str, Rule] = MappingProxyType(
+    {
+        "linear": Epsilon(),
+        "add": Structural(),
+        "structural": Structural(),
+        "product": Uniform(),
+        "matmul": Uniform(),
+        "division": FreezeDenominator(),
+        "attention": AttentionRule(),
+        "attention_weights": SoftmaxTaylor(),
+        "softmax": SoftmaxTaylor(),
+        "norm": NormRule(),
+        "activation": Identity(),
+        "gate": Freeze(),
+        "nonlinear": Taylor(),
+        "selection": WinnerTakesAll(),
+    }
+)
 
-PRESETS: Mapping[str, Preset] = MappingProxyType({
-    "attnlrp": Preset("attnlrp", "Achtibat et al. 2024", _ATTNLRP),
-    "cp": Preset(
-        "cp", "Ali et al. 2022 as evaluated in Achtibat et al. 2024: attention weights and gates frozen",
-        MappingProxyType({**_ATTNLRP, "attention": FrozenAttention(), "attention_weights": Freeze(),
-                          "softmax": Freeze()}), freezes_gates=True),
-    "ali": Preset(
-        "ali", "Ali et al. 2022, AH+LN: attention weights and norm factors frozen, nothing else",
-        MappingProxyType({**_GRADIENT, "attention": FrozenAttention(), "attention_weights": Freeze(),
-                          "norm": NormRule()}), allows_any_op=True),
-    "gradient": Preset("gradient", "Gradient x Input: no rules", _GRADIENT, allows_any_op=True),
-})
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "attnlrp": Preset("attnlrp", "Achtibat et al. 2024", _ATTNLRP),
+        "cp": Preset(
+            "cp",
+            "Ali et al. 2022 as evaluated in Achtibat et al. 2024: attention weights and gates frozen",
+            MappingProxyType(
+                {
+                    **_ATTNLRP,
+                    "attention": FrozenAttention(),
+                    "attention_weights": Freeze(),
+                    "softmax": Freeze(),
+                }
+            ),
+            freezes_gates=True,
+        ),
+        "ali": Preset(
+            "ali",
+            "Ali et al. 2022, AH+LN: attention weights and norm factors frozen, nothing else",
+            MappingProxyType(
+                {
+                    **_GRADIENT,
+                    "attention": FrozenAttention(),
+                    "attention_weights": Freeze(),
+                    "norm": NormRule(),
+                }
+            ),
+            allows_any_op=True,
+        ),
+        "gradient": Preset("gradient", "Gradient x Input: no rules", _GRADIENT, allows_any_op=True),
+    }
+)
 
 
 def preset(title: str) -> Preset:
@@ -153,4 +188,6 @@ def as_composite(composite: str | Composite) -> Composite:
         return composite
     if isinstance(composite, str):
         return Composite(base=composite, title=composite)
-    raise CompositeError(f"composite is a preset's name or a fxlrp.Composite, not {type(composite).__name__}.")
+    raise CompositeError(
+        f"composite is a preset's name or a fxlrp.Composite, not {type(composite).__name__}."
+    )

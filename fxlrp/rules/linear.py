@@ -1,4 +1,4 @@
-"""Rules of ops that are affine in what carries relevance: linear, conv, matmul with a constant, sums, reshapes."""
+"""Rules of ops affine in what carries relevance: linear, conv, matmul with a constant, sums, reshapes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .base import Call, Cotangent, Linearization, Rule, dot, vjp
 
 
 def sigma(z: Tensor, epsilon: float) -> Tensor:
-    """``|z| / (|z| + epsilon)``: what the sign-aware stabiliser ``z + epsilon * sign(z)`` lets through, in [0, 1]."""
+    """``|z| / (|z| + epsilon)``: what the stabiliser ``z + epsilon * sign(z)`` lets through, in [0, 1]."""
     magnitude = z.abs()
     return magnitude / (magnitude + epsilon)
 
@@ -24,9 +24,9 @@ class Epsilon(Rule):
     """The epsilon rule; with ``epsilon=0`` LRP-0, the ordinary vector-Jacobian product.
 
     For ``z = W x + b``:  ``R_i = sum_j x_i W_ji R_j / (z_j + epsilon * sign(z_j))``, so that with
-    ``sigma(z) = |z| / (|z| + epsilon)`` the coefficient of x is ``W^T (sigma(z) * G)``. It holds for every op that is
-    affine in its active operands. What stays behind: the op's constant part ``z(0)`` times ``sigma(z) * G``
-    (``bias``), and ``sum((1 - sigma(z)) * z * G)`` (``epsilon``).
+    ``sigma(z) = |z| / (|z| + epsilon)`` the coefficient of x is ``W^T (sigma(z) * G)``. It holds for every op
+    that is affine in its active operands. What stays behind: the op's constant part ``z(0)`` times
+    ``sigma(z) * G`` (``bias``), and ``sum((1 - sigma(z)) * z * G)`` (``epsilon``).
 
     Shapes: z and G as the op's output, the coefficient as the operand.
 
@@ -50,11 +50,15 @@ class Epsilon(Rule):
         if self.epsilon == 0:
             return cotangent
         return pytree.tree_map(
-            lambda z, g: None if g is None else g * sigma(z, self.epsilon), output, cotangent,
-            is_leaf=lambda leaf: leaf is None)
+            lambda z, g: None if g is None else g * sigma(z, self.epsilon),
+            output,
+            cotangent,
+            is_leaf=lambda leaf: leaf is None,
+        )
 
-    def absorbed(self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
-                 ) -> dict[str, Tensor]:
+    def absorbed(
+        self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
+    ) -> dict[str, Tensor]:
         constant = call.with_active([torch.zeros_like(x) for x in call.operands()]).run()
         passed = self._damp(output, cotangent)
         booked = {"bias": dot(constant, passed)}
@@ -65,15 +69,17 @@ class Epsilon(Rule):
 
 @dataclass(frozen=True)
 class Structural(Epsilon):
-    """Views, permutations, concatenation, slicing, masking, scaling by constants: relevance moves with its element.
+    """Views, permutations, concatenation, slicing, masking, scaling: relevance moves with its element.
 
-    PyTorch's own vector-Jacobian product is already right. Constant elements that are mixed in (a class token that is
-    concatenated, position embeddings that are added, values that are masked in) keep their part: ``constant``.
+    PyTorch's own vector-Jacobian product is already right. Constant elements that are mixed in (a class token
+    that is concatenated, position embeddings that are added, values that are masked in) keep their part:
+    ``constant``.
     """
 
     kinds: ClassVar[frozenset[str] | None] = frozenset({"structural", "add"})
 
-    def absorbed(self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
-                 ) -> dict[str, Tensor]:
+    def absorbed(
+        self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
+    ) -> dict[str, Tensor]:
         booked = super().absorbed(call, output, cotangent, coefficients)
         return {"constant": booked.pop("bias"), **booked}

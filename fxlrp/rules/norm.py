@@ -18,8 +18,9 @@ from .base import Call, Cotangent, Linearization, Rule, dot, vjp
 class NormRule(Rule):
     """The LN-rule for LayerNorm, RMSNorm and GroupNorm: 1/std is a constant, the mean is not.
 
-    LayerNorm ``z = w * C x * rstd + b`` with the centring C, gives ``C(w * G) * rstd``; RMSNorm ``z = w * x * rrms``
-    gives ``w * G * rrms``. The bias keeps ``sum(b * G)`` (``bias``); nothing else is absorbed.
+    LayerNorm ``z = w * C x * rstd + b`` with the centring C, gives ``C(w * G) * rstd``; RMSNorm
+    ``z = w * x * rrms`` gives ``w * G * rrms``. The bias keeps ``sum(b * G)`` (``bias``); nothing else is
+    absorbed.
 
     Shapes: x, z, G and the coefficient are equal; rstd is 1 in the normalised dimensions.
 
@@ -35,8 +36,9 @@ class NormRule(Rule):
     def linearize(self, call: Call) -> Linearization:
         return _FORMS[op_name(call.op)](call)
 
-    def absorbed(self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
-                 ) -> dict[str, Tensor]:
+    def absorbed(
+        self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
+    ) -> dict[str, Tensor]:
         position = {"layer_norm": 3, "group_norm": 3}.get(op_name(call.op))
         bias = None if position is None else _argument(call, position, "bias")
         if bias is None:
@@ -55,7 +57,8 @@ def _layer_norm(call: Call) -> Linearization:
     weight = _argument(call, 2, "weight")
     eps = _argument(call, 4, "eps")
     output, _, rstd = torch.ops.aten.native_layer_norm.default(
-        x, shape, weight, _argument(call, 3, "bias"), 1e-5 if eps is None else eps)
+        x, shape, weight, _argument(call, 3, "bias"), 1e-5 if eps is None else eps
+    )
     dims = tuple(range(-len(shape), 0))
 
     def pullback(cotangent: Tensor) -> tuple[Tensor]:
@@ -99,7 +102,7 @@ _FORMS = {
     "layer_norm": _layer_norm,
     "rms_norm": _native_rms_norm,
     "group_norm": _group_norm,
-    # The canonical form x * factor: the factor is not among the active operands, so the plain product is the rule.
+    # The canonical form x * factor: the factor is not an active operand, so the plain product is the rule.
     "normalize": vjp,
     "normalize_divide": vjp,
 }

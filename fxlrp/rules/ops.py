@@ -9,11 +9,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False,
-              scale: float | None = None, enable_gqa: bool = False) -> Tensor:
-    """``softmax(scale * q k^T + mask) v``; q ``[batch, heads, queries, d]``, mask boolean (True = keep) or additive."""
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``softmax(scale * q k^T + mask) v``; q ``[batch, heads, n, d]``; mask additive, or True = keep."""
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 def normalize(x: Tensor, factor: Tensor) -> Tensor:

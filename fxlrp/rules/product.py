@@ -14,12 +14,13 @@ class Uniform(Epsilon):
     """The uniform rule for an op that is linear in each of n active operands: each gets an equal share.
 
     For ``z = x_1 * ... * x_n`` each factor receives ``R / n`` (AttnLRP, Prop. 3.2); for ``O = A B`` with both
-    operands active ``G_A = 1/2 (sigma(O) G) B^T`` and ``G_B = 1/2 A^T (sigma(O) G)`` (AttnLRP, Prop. 3.3): the
-    ordinary vector-Jacobian product to operand i times its share.
+    operands active ``G_A = 1/2 (sigma(O) G) B^T`` and ``G_B = 1/2 A^T (sigma(O) G)`` (AttnLRP, Prop. 3.3):
+    the ordinary vector-Jacobian product to operand i times its share.
 
     A product of products counts its factors, so that ``(x_1 x_2) x_3`` and ``x_1 (x_2 x_3)`` mean the same
-    (You et al. 2025, arXiv 2510.18810): ``shares[i]`` is the number of factors below operand i over that of all.
-    Empty ``shares`` stand for equal ones. Shares sum to 1; a constant added by the op is booked as ``bias``.
+    (You et al. 2025, arXiv 2510.18810): ``shares[i]`` is the number of factors below operand i over that of
+    all. Empty ``shares`` stand for equal ones. Shares sum to 1; a constant added by the op is booked as
+    ``bias``.
     """
 
     shares: tuple[float, ...] = ()
@@ -32,8 +33,13 @@ class Uniform(Epsilon):
     def linearize(self, call: Call) -> Linearization:
         step = Epsilon(self.epsilon).linearize(call)
         shares = self.shares or (1 / len(call.active),) * len(call.active)
-        return Linearization(step.output, lambda cotangent: tuple(
-            None if g is None else g * share for g, share in zip(step.pullback(cotangent), shares, strict=True)))
+        return Linearization(
+            step.output,
+            lambda cotangent: tuple(
+                None if g is None else g * share
+                for g, share in zip(step.pullback(cotangent), shares, strict=True)
+            ),
+        )
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from .base import Gradient
 class SoftmaxTaylor(Gradient):
     """Deep Taylor decomposition of softmax with its bias: ``R_i = x_i (R_si - s_i sum_j R_sj)``.
 
-    With ``R_s = s * G`` the coefficient of x is ``s * (G - sum(s * G))``, the ordinary vector-Jacobian product: no
-    division, and masked entries (s = 0) get 0. Not conservative by nature; the rest is booked as ``remainder``.
+    With ``R_s = s * G`` the coefficient of x is ``s * (G - sum(s * G))``, the ordinary vector-Jacobian
+    product: no division, and masked entries (s = 0) get 0. Not conservative by nature; the rest is booked as
+    ``remainder``.
 
     Shapes: as the softmax's input; the sum runs over the softmax's dimension.
 

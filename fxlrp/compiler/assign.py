@@ -10,7 +10,19 @@ from typing import Any
 from torch import fx
 
 from ..errors import NoPathError, UncoveredOpError, place
-from ..rules import MULTILINEAR, Composite, Gradient, Identity, NormRule, Rule, Taylor, Uniform, kind_of
+from ..rules import (
+    MULTILINEAR,
+    Composite,
+    Freeze,
+    FrozenAttention,
+    Gradient,
+    Identity,
+    NormRule,
+    Rule,
+    Taylor,
+    Uniform,
+    kind_of,
+)
 from ..rules.activation import op_name
 from .activity import Source, carries, reachable
 from .graphs import is_float, is_op, leaves, without_casts
@@ -85,13 +97,17 @@ def _assignment(node: fx.Node, active: set[fx.Node], composite: Composite, *, st
     )
     path, name = module_path(node), op_name(node.target)
     kind = _kind(node, operands, positions, active)
+    explicit = composite.explicit(path) if kind is None else None
+    if explicit is not None:
+        rule, reason = explicit
+        return _row(node, "uncovered", rule, () if rule.freezes else positions, reason, path)
     if kind is None:
         if composite.allows_any_op:
             return _row(node, "gradient", Gradient(), positions, f"{composite.title}: no rules", path)
         if strict:
             raise UncoveredOpError(
                 f"No rule covers '{name}' ({node.target}) in {place(path, source_line(node))}, and relevance "
-                "flows through it. Give it one: fxlrp.Composite([(fxlrp.name('…'), Rule())]), add a row to "
+                "flows through it. Give it one: fxlrp.Composite([(fxlrp.name('…'), Taylor())]), add a row to "
                 "fxlrp/rules/table.py if the op is affine or has a closed form, or pass strict=False for a "
                 "first-order Taylor step whose remainder the ledger shows."
             )
@@ -108,8 +124,10 @@ def _assignment(node: fx.Node, active: set[fx.Node], composite: Composite, *, st
         return _product(node, operands, positions, rule, reason, kind, composite, active, path)
     if isinstance(rule, (NormRule, Identity)) or kind in ("division", "attention"):
         positions = _kept(kind, rule, positions, node)
-    if kind == "attention" and rule.name == "frozen_attention":
+    if isinstance(rule, FrozenAttention):
         positions = tuple(i for i in positions if i == 2)
+        if not positions:  # constant values weighted by constant weights
+            rule = Freeze()
     return _row(node, kind, rule, () if rule.freezes else positions, reason, path)
 
 
@@ -246,6 +264,15 @@ def _is_gate(node: fx.Node, active: set[fx.Node]) -> bool:
     return False
 
 
+def _is_weights(node: fx.Node) -> bool:
+    """Whether an operand is a softmax, reshaped or not."""
+    while (
+        node.op == "call_function" and kind_of(node.target) == "structural" and len(node.all_input_nodes) == 1
+    ):
+        node = node.all_input_nodes[0]
+    return node.op == "call_function" and kind_of(node.target) == "softmax"
+
+
 def _factors(node: fx.Node, active: set[fx.Node]) -> int:
     """How many relevance-carrying factors an operand of a product is made of."""
     node = without_casts(node)
@@ -253,6 +280,8 @@ def _factors(node: fx.Node, active: set[fx.Node]) -> int:
         return 1
     kind = kind_of(node.target)
     nodes = [x for x in leaves(node) if isinstance(x, fx.Node) and x in active and is_float(x)]
+    if kind == "matmul" and any(_is_weights(x) for x in nodes):
+        return 1  # eager attention is one factor, as the attention op is
     if kind in ("product", "matmul") and len(nodes) > 1:
         return sum(_factors(x, active) for x in nodes)
     if len(nodes) == 1 and (

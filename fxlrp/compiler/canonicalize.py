@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from .activity import Dependence
-from .graphs import copy_graph, is_op, propagate, value
-from .patterns import Match, Miss, match_attention, match_norm, match_self_gate
+from .graphs import copy_graph, is_float, is_op, outputs, propagate, value
+from .patterns import Match, Miss, is_gate_of, match_attention, match_norm, match_self_gate
 from .provenance import inherit
 
 
@@ -33,6 +33,7 @@ def canonicalize(module: fx.GraphModule) -> Canonical:
     new = copy_graph(module, "Canonical")
     _strip(new.graph)
     new = _widen(new)
+    _reassociate(new.graph)
     dependence = Dependence.of(new)
     hits: dict[str, int] = {}
     misses: list[str] = []
@@ -87,6 +88,9 @@ def _widen(module: fx.GraphModule) -> fx.GraphModule:
     step down, and its rounding would be all that is left in the ledger. Where the wider graph does not
     type-check, the model's own precision stays.
     """
+    results = [value(node) for node in outputs(module.graph) if is_float(node)]
+    if any(result.dtype is not torch.float64 for result in results):
+        return module  # a model in another precision that takes single steps in float64
     wide = copy_graph(module, "Canonical")
     dependence = Dependence.of(wide)
     changed = False
@@ -107,6 +111,27 @@ def _widen(module: fx.GraphModule) -> fx.GraphModule:
         return module
     _strip(wide.graph)
     return wide
+
+
+def _reassociate(graph: fx.Graph) -> None:
+    """``x * (g(x) * y)`` as ``(x * g(x)) * y``, to find an activation whatever it is multiplied with."""
+    for node in list(graph.nodes):
+        if not is_op(node, "mul", "multiply"):
+            continue
+        for x, product in (node.args[:2], node.args[1::-1]):
+            if not (is_op(product, "mul", "multiply") and isinstance(x, fx.Node) and len(product.users) == 1):
+                continue
+            for gate, rest in (product.args[:2], product.args[1::-1]):
+                if is_gate_of(x, gate) and isinstance(rest, fx.Node) and not is_gate_of(gate, rest):
+                    with graph.inserting_before(node):
+                        inner = graph.call_function(torch.ops.aten.mul.Tensor, (x, gate))
+                    inner.meta = {**product.meta, "val": value(x)}
+                    node.args = (inner, rest)
+                    graph.erase_node(product)
+                    break
+            else:
+                continue
+            break
 
 
 def _narrows(node: fx.Node) -> bool:

@@ -54,8 +54,10 @@ def verify_relevance(module: fx.GraphModule) -> fx.GraphModule:
     for node in module.graph.nodes:
         if is_rule(node):
             raise GraphError(f"'{node.name}' is still a rule node")
-        name = str(node.target)
-        if node.op == "call_function" and ("autograd" in name or "requires_grad" in name):
+        if node.op not in ("placeholder", "get_attr", "call_function", "output"):
+            raise GraphError(f"'{node.name}' is a {node.op}, not a function call")
+        named = f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', '')}"
+        if node.op == "call_function" and (named.startswith("torch.autograd") or "requires_grad" in named):
             raise GraphError(f"'{node.name}' calls autograd")
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.is_mutable:

@@ -38,7 +38,7 @@ def _elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float =
     below = _series(
         negative,
         lambda t: torch.expm1(t * input_scale) / t,
-        input_scale * (1.0 + 0.5 * negative * input_scale),
+        input_scale * (1.0 + 0.5 * negative * input_scale + (negative * input_scale) ** 2 / 6.0),
     )
     return torch.where(x > 0, scale, scale * alpha * below)
 
@@ -52,12 +52,11 @@ def _celu(x: Tensor, alpha: float = 1.0) -> Tensor:
 
 
 def _clamp(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
-    return _series(x, lambda t: torch.clamp(t, low, high) / t, torch.ones_like(x) * _inside(low, high))
-
-
-def _inside(low: Any, high: Any) -> float:
-    # At 0 a bound that is itself 0 cuts one side off; the other side's limit is taken, as ReLU's 0 at 0.
-    return 0.0 if low == 0 or high == 0 else 1.0
+    # A bound that is itself 0 cuts its side off, as ReLU does; at 0 the side below counts.
+    above = 1.0 if high is None or high > 0 else 0.0
+    below = 1.0 if low is None or low < 0 else 0.0
+    near_zero = torch.full_like(x, below).masked_fill(x > 0, above)
+    return _series(x, lambda t: torch.clamp(t, low, high) / t, near_zero)
 
 
 def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
@@ -78,8 +77,8 @@ RATIOS: dict[str, Callable[..., Tensor]] = {
     "sin": lambda x: _series(x, lambda t: torch.sin(t) / t, 1.0 - x * x / 6.0),
     "expm1": lambda x: _series(x, lambda t: torch.expm1(t) / t, 1.0 + 0.5 * x + x * x / 6.0),
     "log1p": lambda x: _series(x, lambda t: torch.log1p(t) / t, 1.0 - 0.5 * x + x * x / 3.0),
-    "leaky_relu": lambda x, slope=0.01: torch.where(x > 0, 1.0, slope).to(x.dtype),
-    "prelu": lambda x, weight: torch.where(x > 0, 1.0, F.prelu(-torch.ones_like(x), -weight)),
+    "leaky_relu": lambda x, slope=0.01: torch.ones_like(x).masked_fill(x <= 0, slope),
+    "prelu": lambda x, weight: torch.where(x > 0, 1.0, -F.prelu(-torch.ones_like(x), weight.to(x.dtype))),
     "elu": _elu,
     "selu": _selu,
     "celu": _celu,

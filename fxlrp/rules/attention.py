@@ -75,6 +75,18 @@ class FrozenAttention(AttentionRule):
     def name(self) -> str:
         return "frozen_attention"
 
+    def linearize(self, call: Call) -> Linearization:
+        values = Call(call.op, call.args, call.kwargs, (_VALUE,)) if _VALUE in call.active else None
+        if values is None:
+            return Linearization(call.run(), lambda cotangent: (None,) * len(call.active))
+        step = vjp(values)
+        return Linearization(
+            step.output,
+            lambda cotangent: tuple(
+                step.pullback(cotangent)[0] if i == _VALUE else None for i in call.active
+            ),
+        )
+
 
 @dataclass(frozen=True)
 class GradientAttention(AttentionRule):

@@ -90,6 +90,13 @@ class Composite:
                 return rule, f"entry {i} of the composite"
         return preset(self.base).rules[kind], f"{self.base}: {kind}"
 
+    def explicit(self, module_path: str) -> tuple[Rule, str] | None:
+        """The rule that an entry gives to an op without a kind: one by module path, of a rule for any op."""
+        for i, (selector, rule) in enumerate(self.entries):
+            if selector.kind is None and selector.matches("", module_path) and rule.kinds is None:
+                return rule, f"entry {i} of the composite"
+        return None
+
     @property
     def freezes_gates(self) -> bool:
         """Whether the activation in ``act(gate) * up`` counts as a constant."""

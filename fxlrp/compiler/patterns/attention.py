@@ -33,7 +33,7 @@ def match_attention(node: fx.Node, entangled: Entangled) -> Match | Miss | None:
 def _match_sdpa(node: fx.Node, entangled: Entangled) -> Match | Miss:
     given: dict[str, Any] = {**dict(zip(_SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
     mask = given.get("attn_mask")
-    if isinstance(mask, fx.Node) and entangled(mask, given["query"]):
+    if isinstance(mask, fx.Node) and any(entangled(mask, given[part]) for part in ("query", "key", "value")):
         return Miss(node, "attention with a constant mask", "its mask is computed from what is explained")
     return Match(
         node,
@@ -72,15 +72,17 @@ def _match_eager(node: fx.Node, entangled: Entangled) -> Match | Miss | None:
         return miss("the softmax does not run over the keys")
 
     scores, scale = without_casts(scores), 1.0
-    masks: list[tuple[Any, float | None]] = []
+    masks: list[tuple[Any, float]] = []
+    kept: list[fx.Node] = []
     while not is_op(scores, "matmul", "bmm"):
         if is_op(scores, "add") and not scores.kwargs and isinstance(scores.args[1], fx.Node):
-            scores, mask = scores.args
-            if entangled(mask, scores):
-                scores, mask = mask, scores
+            first, second = scores.args
+            scores, mask = (first, second) if _holds_product(first) else (second, first)
+            if not value(mask).is_floating_point():
+                return miss(f"what is added as a mask is {value(mask).dtype}")
             masks.append((mask, scale))
-        elif is_op(scores, "masked_fill") and scores.args[2] == -math.inf and not masks:
-            masks.append((_inverted(scores.args[1]), None))
+        elif is_op(scores, "masked_fill") and scores.args[2] == -math.inf:
+            kept.append(_inverted(scores.args[1]))
             scores = scores.args[0]
         elif is_op(scores, "mul", "div") and isinstance(scores.args[1], (int, float)):
             scale = scale * scores.args[1] if is_op(scores, "mul") else scale / scores.args[1]
@@ -91,11 +93,12 @@ def _match_eager(node: fx.Node, entangled: Entangled) -> Match | Miss | None:
             return miss(f"'{scores.name}' is used elsewhere")
         scores = without_casts(scores)
     query, key = scores.args[:2]
-    if any(entangled(mask, query) or entangled(mask, values) for mask, _ in masks):
+    parts = [part for part in (query, key, values) if isinstance(part, fx.Node)]
+    if any(entangled(mask, part) for mask in (*(m for m, _ in masks), *kept) for part in parts):
         return miss("its mask is computed from what is explained")
-    if any(outer not in (None, 1.0) for _, outer in masks):
+    if any(outer != 1.0 for _, outer in masks):
         return miss("the mask is scaled together with the scores")
-    mask = functools.reduce(functools.partial(_sum, node), (m for m, _ in masks)) if masks else None
+    mask = _combined(node, [m for m, _ in masks], kept)
     if (
         not (isinstance(query, fx.Node) and isinstance(key, fx.Node))
         or value(query).dim() != 4
@@ -105,13 +108,35 @@ def _match_eager(node: fx.Node, entangled: Entangled) -> Match | Miss | None:
     return Match(node, ops.attention, (query, _transposed(key), values, mask), "attention", {"scale": scale})
 
 
-def _sum(user: fx.Node, first: fx.Node, second: fx.Node) -> fx.Node:
-    """Two additive masks (a position bias and a padding mask, say) as one."""
-    with user.graph.inserting_before(user):
-        added = user.graph.call_function(torch.ops.aten.add.Tensor, (first, second))
-    with value(first).fake_mode:
-        added.meta = {**first.meta, "val": value(first) + value(second)}
-    return added
+def _holds_product(node: Any) -> bool:
+    """Whether a summand is the scores: below scaling and masking it is a matrix product."""
+    node = without_casts(node)
+    while is_op(node, "mul", "div", "masked_fill", "add"):
+        if is_op(node, "add") and _holds_product(node.args[1]):
+            return True
+        node = without_casts(node.args[0])
+    return is_op(node, "matmul", "bmm")
+
+
+def _combined(user: fx.Node, added: list[Any], kept: list[fx.Node]) -> fx.Node | None:
+    """All masks as one: additive ones summed, boolean ones (True = keep) joined, both together with -inf."""
+
+    def compute(op: Any, *args: Any) -> fx.Node:
+        with user.graph.inserting_before(user):
+            made = user.graph.call_function(op, args)
+        with value(user).fake_mode:
+            made.meta = {**user.meta, "val": op(*(value(a) for a in args))}
+        return made
+
+    total = functools.reduce(functools.partial(compute, torch.ops.aten.add.Tensor), added) if added else None
+    keep = (
+        functools.reduce(functools.partial(compute, torch.ops.aten.logical_and.default), kept)
+        if kept
+        else None
+    )
+    if total is None or keep is None:
+        return keep if total is None else total
+    return compute(torch.ops.aten.where.ScalarOther, keep, total, -math.inf)
 
 
 def _inverted(mask: Any) -> Any:

@@ -34,8 +34,11 @@ def match_norm(node: fx.Node) -> Match | Miss | None:
     return None
 
 
-def _core(node: fx.Node, x: Any, of: fx.Node, op: Any, factor: Any) -> Match | Miss:
-    normalized = {_key(x), _key(_centred(x))} - {None}
+def _core(node: fx.Node, x: Any, of: fx.Node, op: Any, factor: Any) -> Match | Miss | None:
+    if not isinstance(x, fx.Node):
+        return None  # 1/std by itself, which the product with x will match
+    plain = _unweighted(x)
+    normalized = {_key(plain), _key(_centred(plain))} - {None}
     measured = {_key(of), _key(_centred(of))} - {None}
     if normalized & measured:
         return Match(node, op, (x, factor), "normalisation")
@@ -44,7 +47,9 @@ def _core(node: fx.Node, x: Any, of: fx.Node, op: Any, factor: Any) -> Match | M
 
 def _inverse_deviation(node: Any) -> Any:
     """The y in ``1 / rms(y)``, or None."""
-    node = without_casts(node)
+    node = _unshaped(without_casts(node))
+    if is_op(node, "mul") and isinstance(node.args[1], (int, float)):
+        node = _unshaped(without_casts(node.args[0]))
     if is_op(node, "rsqrt"):
         return _power(node.args[0])
     if is_op(node, "pow") and node.args[1] == -0.5:
@@ -58,13 +63,15 @@ def _inverse_deviation(node: Any) -> Any:
 
 def _deviation(node: Any) -> Any:
     """The y in ``rms(y)``, ``std(y)`` or ``|y|``, with or without an epsilon, or None."""
-    node = _plus_epsilon(without_casts(node))
-    if is_op(node, "expand", "expand_as", "unsqueeze"):
-        node = _plus_epsilon(node.args[0])
+    node = _plus_epsilon(_unshaped(_plus_epsilon(without_casts(node))))
+    if is_op(node, "mul", "div") and isinstance(node.args[1], (int, float)):
+        node = _plus_epsilon(without_casts(node.args[0]))
     if is_op(node, "sqrt") or (is_op(node, "pow") and node.args[1] == 0.5):
         return _power(node.args[0])
-    if is_op(node, "std", "linalg_vector_norm", "norm"):
-        order = node.args[1] if len(node.args) > 1 and is_op(node, "linalg_vector_norm", "norm") else 2
+    if is_op(node, "getitem") and is_op(node.args[0], "std_mean") and node.args[1] == 0:
+        return node.args[0].args[0]
+    if is_op(node, "std", "linalg_vector_norm", "linalg_norm", "norm"):
+        order = node.args[1] if len(node.args) > 1 and not is_op(node, "std") else 2
         return node.args[0] if order in (2, 2.0) or not isinstance(order, (int, float)) else None
     return None
 
@@ -107,11 +114,36 @@ def _centred(node: Any) -> Any:
     node = without_casts(node)
     if is_op(node, "sub"):
         mean = without_casts(node.args[1])
-        if is_op(mean, "getitem") and is_op(mean.args[0], "var_mean") and mean.args[1] == 1:
+        if is_op(mean, "getitem") and is_op(mean.args[0], "var_mean", "std_mean") and mean.args[1] == 1:
             mean = mean.args[0]
-        if is_op(mean, "mean", "var_mean") and _key(mean.args[0]) == _key(node.args[0]):
+        if is_op(mean, "mean", "var_mean", "std_mean") and _key(mean.args[0]) == _key(node.args[0]):
             return node.args[0]
     return None
+
+
+def _unweighted(node: Any) -> Any:
+    """What is below weights and constants that multiply it."""
+    node = without_casts(node)
+    while is_op(node, "mul", "multiply"):
+        first, second = node.args[:2]
+        if _is_constant(second):
+            node = without_casts(first)
+        elif _is_constant(first):
+            node = without_casts(second)
+        else:
+            break
+    return node
+
+
+def _is_constant(node: Any) -> bool:
+    return isinstance(node, (int, float)) or getattr(without_casts(node), "op", "") == "get_attr"
+
+
+def _unshaped(node: Any) -> Any:
+    """What is below added and expanded dimensions."""
+    while is_op(node, "expand", "expand_as", "unsqueeze", "view", "reshape"):
+        node = without_casts(node.args[0])
+    return node
 
 
 def _key(node: Any) -> Any:

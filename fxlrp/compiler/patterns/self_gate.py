@@ -78,6 +78,18 @@ def match_self_gate(node: fx.Node) -> Match | Miss | None:
     return None
 
 
+def is_gate_of(carrier: object, gate: object) -> bool:
+    """Whether ``carrier * gate`` is an activation ``c x * g(x)``."""
+    if not (isinstance(carrier, fx.Node) and isinstance(gate, fx.Node)) or carrier is gate:
+        return False
+    base = _unscaled(carrier)
+    return (
+        base is not without_casts(gate)
+        and _function_of(gate, base, 24)
+        and value(carrier).shape == value(gate).shape
+    )
+
+
 def _unscaled(node: Any) -> Any:
     """The x in ``c * x``."""
     node = without_casts(node)

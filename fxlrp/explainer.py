@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from .compiler.canonicalize import Canonical, canonicalize
 from .compiler.capture import TRACE, Captured, capture, compare, identifier, run_model
 from .compiler.graphs import outputs, placeholders, value
-from .compiler.inputs import Bound, bind, check, fingerprint, plain_region
+from .compiler.inputs import Bound, bind, check, collection_paused, fingerprint, plain_region
 from .compiler.latents import find
 from .compiler.ledger import account
 from .compiler.lower import Runner, lower
@@ -222,8 +222,9 @@ class Explainer:
         return trace
 
     def _capture(self, bound: Bound, *, dynamic: bool) -> _Trace:
-        captured = capture(self.model, bound, dynamic=dynamic)
-        canonical = canonicalize(verify_functional(captured.graph))
+        with collection_paused():
+            captured = capture(self.model, bound, dynamic=dynamic)
+            canonical = canonicalize(verify_functional(captured.graph))
         difference = compare(
             Captured(canonical.graph, captured.outputs, captured.shapes, "", ()),
             bound,
@@ -256,15 +257,17 @@ class Explainer:
         key = (trace, target.key, rows)
         if key not in self._programs:
             notes = (f"captured by {trace.captured.method}", *trace.captured.notes)
-            program = build(
-                trace.canonical,
-                self.composite,
-                seed,
-                rows,
-                strict=self.strict,
-                latents=self._latent_nodes(trace),
-                notes=notes,
-            )
+            latents = self._latent_nodes(trace)
+            with collection_paused():
+                program = build(
+                    trace.canonical,
+                    self.composite,
+                    seed,
+                    rows,
+                    strict=self.strict,
+                    latents=latents,
+                    notes=notes,
+                )
             if isinstance(target, Function):
                 _keep_last(self._programs, _KEPT_FUNCTIONS - 1, lambda k: k[1][0] == "Function")
             runner = lower(program.relevance.graph, self.backend, bound.tensors[0].device)

@@ -1,4 +1,4 @@
-"""Spellings that once explained differently: each is one function written in two ways, or one that was refused."""
+"""Spellings that are one function explain alike; and steps that once were refused or changed."""
 
 from __future__ import annotations
 

@@ -242,5 +242,5 @@ def test_a_target_function_that_branches_on_sizes(
 
 def test_a_target_function_that_fails_says_so(explainer: fxlrp.Explainer) -> None:
     ids, mask = models.token_batch(1, (7, 4), "right")
-    with pytest.raises(fxlrp.TargetError, match="target function failed.*nowhere"):
+    with pytest.raises(fxlrp.TargetError, match=r"target function failed.*nowhere"):
         explainer(input_ids=ids, attention_mask=mask, target=lambda output: output.nowhere)

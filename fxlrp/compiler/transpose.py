@@ -63,6 +63,7 @@ class _Transposition:
     cotangents: dict[fx.Node, Any] = field(default_factory=dict)
     pending: dict[fx.Node, Any] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    joined: dict[fx.Node, tuple[Any, list[fx.Node], int]] = field(default_factory=dict)
 
     def run(self) -> Relevance:
         self.templates = Templates(fake_mode(self.module.graph))
@@ -129,6 +130,8 @@ class _Transposition:
         """The joint template of a rule node (outputs first, then coefficients), its operand nodes, and the
         number of outputs.
         """
+        if node in self.joined:
+            return self.joined[node]
         step_op = rule_op(node)
         flat, spec = tree(node)
         operands = [x for x in flat if isinstance(x, fx.Node)]
@@ -147,11 +150,12 @@ class _Transposition:
             coefficients = step.pullback(cotangent)
             return (*pytree.tree_leaves(step.output), *coefficients)
 
-        with self.templates.mode:
-            seeds = [torch.empty_like(v) for v, p in zip(result_leaves, present, strict=True) if p]
+        # A coefficient looks like the output that it belongs to.
+        seeds = [v for v, p in zip(result_leaves, present, strict=True) if p]
         key = (step_op, str(spec), tuple((type(c), str(c)) for c in constants))
         template = self.templates.get(key, joint, [*(value(x) for x in operands), *seeds])
-        return template, operands, len(result_leaves)
+        self.joined[node] = (template, operands, len(result_leaves))
+        return self.joined[node]
 
     def _seeds(self, node: fx.Node) -> int:
         return sum(

@@ -11,6 +11,7 @@ interleaved runs.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -25,6 +26,7 @@ import fxlrp
 from .models import CASES, Case
 from .reference import gradient_times_input
 
+_RESULTS = Path(__file__).parent / "results" / "models_cpu.json"
 _BEGIN, _END = "<!-- table of models: python -m bench.table --write README.md -->", "<!-- end of table -->"
 
 
@@ -51,7 +53,6 @@ def row(case: Case) -> dict[str, Any]:
         "ledger": residual,
         "ledger64": _double(case),
         "eager": difference if len(case.attentions) > 1 else None,
-        "time": _time(case),
     }
 
 
@@ -98,7 +99,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {r['model']} | "
             + " | ".join("–" if c is None else f"{c:.0e}" for c in cells)
-            + f" | {r['time']:.2f} |"
+            + (f" | {r['time']:.2f} |" if "time" in r else " | – |")
         )
     versions = (
         f"torch {torch.__version__}, fxlrp {fxlrp.__version__}, CPU with {torch.get_num_threads()} threads"
@@ -121,12 +122,22 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="*", help="names of models")
     parser.add_argument("--write", type=Path, help="replace the table in this file")
+    parser.add_argument("--checks", action="store_true", help="checks only; timings need a quiet machine")
+    parser.add_argument(
+        "--time", action="store_true", help="timings only, beside checks that were run before"
+    )
     options = parser.parse_args()
+    known: dict[str, dict[str, Any]] = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
     cases = [c for c in CASES if not options.only or c.name in options.only]
     rows = []
     for i, case in enumerate(cases):
         print(f"[{i + 1}/{len(cases)}] {case.name}", file=sys.stderr, flush=True)
-        rows.append(row(case))
+        if not options.time:
+            known[case.name] = {**known.get(case.name, {}), **row(case)}
+        if not options.checks:
+            known[case.name] = {**known.get(case.name, {}), "time": _time(case)}
+        _RESULTS.write_text(json.dumps(known, indent=1))
+        rows.append(known[case.name])
     text = markdown(rows)
     print(text)
     if options.write:

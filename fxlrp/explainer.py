@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .compiler.canonicalize import Canonical, canonicalize
-from .compiler.capture import TRACE, Captured, capture, compare, identifier, run_model
+from .compiler.capture import TRACE, Captured, call_model, capture, compare, identifier, run_model
 from .compiler.graphs import outputs, placeholders, value
 from .compiler.inputs import Bound, bind, check, collection_paused, fingerprint, plain_region
 from .compiler.latents import find
@@ -21,7 +21,7 @@ from .compiler.lower import Runner, lower
 from .compiler.pipeline import Program, Rows, build
 from .compiler.plan import Plan
 from .compiler.provenance import module_path, source_line
-from .compiler.seed import Seed, float_outputs
+from .compiler.seed import Seed, tensor_outputs
 from .compiler.shapes import Shapes
 from .compiler.verify import verify_functional
 from .errors import CaptureError, FxlrpError, InputError, NonFiniteError, TargetError, place
@@ -32,7 +32,9 @@ from .targets import Function, Target, as_target, operand_tensors, resolve
 
 #: Inputs that say which positions are padding, by the names that libraries use; for a decoder's output its
 #: own first.
-_MASKS = ("decoder_attention_mask", "attention_mask", "padding_mask", "mask")
+_MASKS = ("decoder_attention_mask", "attention_mask")
+#: The end of names of masks that are True where there is padding, as in PyTorch's own Transformer.
+_PADDING = "key_padding_mask"
 
 
 def lrp_compile(
@@ -101,6 +103,8 @@ class _Trace:
 
 #: Programs of target functions that are kept; a function made anew for each call would fill the memory.
 _KEPT_FUNCTIONS = 8
+#: Traces that are kept where a model must be traced for each shape.
+_KEPT_TRACES = 32
 
 
 @dataclass(eq=False)
@@ -121,7 +125,9 @@ class Explainer:
     _last: tuple[Program, Runner] | None = field(default=None, repr=False)
     _function_traces: dict[Any, _Trace] = field(default_factory=dict, repr=False)
     _last_names: tuple[str, ...] = field(default=(), repr=False)
-    _last_position: Any = field(default=None, repr=False)
+    _last_target: Any = field(default=None, repr=False)
+    _last_serves_others: bool = field(default=True, repr=False)
+    _last_constants: dict[str, Any] = field(default_factory=dict, repr=False)
     _parameters: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -158,8 +164,15 @@ class Explainer:
         operands = self._operands(trace, bound, wanted)
         program, runner = self._program(trace, bound, wanted)
         self._last, self._last_names = (program, runner), bound.names
-        self._last_position = getattr(wanted, "position", None)
+        self._last_target, self._last_serves_others = wanted.key, trace.values is None
+        self._last_constants = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        self._last_constants = {k: v for k, v in self._last_constants.items() if not isinstance(v, Tensor)}
         relevance, scalar, coefficients, latents = runner(*bound.tensors, *operands)
+        if not any(t.dim() > 0 and t.shape[0] == scalar.shape[0] for t in bound.tensors):
+            raise TargetError(
+                f"The target gives {scalar.shape[0]} scalars for inputs of shapes "
+                f"{', '.join(str(tuple(t.shape)) for t in bound.tensors)}; it must give one per sample."
+            )
         self._refuse_nonfinite(bound, program, relevance, scalar)
         names = tuple(self._names(bound)[n] for n in program.relevance.names)
         return Explanation(
@@ -168,7 +181,7 @@ class Explainer:
             one_or_many(names, coefficients),
             {name: r for name, (r, _) in zip(program.relevance.latents, latents, strict=True)},
             lambda: self._run_model(bound),
-            lambda: self._account(program, bound, operands),
+            lambda: self._account(program, bound, operands, dict(zip(names, relevance, strict=True))),
         )
 
     def with_composite(self, composite: str | Composite) -> Explainer:
@@ -218,7 +231,15 @@ class Explainer:
                 return trace
         trace = self._capture(bound, dynamic=self.dynamic)
         # A trace of one input serves that input only: one is enough.
-        self._traces[key] = [t for t in traces if t.values is None or trace.values is None] + [trace]
+        kept = [t for t in traces if t.values is None or trace.values is None][-_KEPT_TRACES:]
+        # Weights that were replaced must not be kept alive by what was traced with them.
+        if len(self._traces) > _KEPT_TRACES:
+            self._traces.clear()
+        self._traces[key] = [*kept, trace]
+        alive = {id(t) for found in self._traces.values() for t in found}
+        alive |= {id(t) for t in self._function_traces.values()}
+        for known in [k for k in self._programs if id(k[0]) not in alive]:
+            del self._programs[known]
         return trace
 
     def _capture(self, bound: Bound, *, dynamic: bool) -> _Trace:
@@ -299,13 +320,13 @@ class Explainer:
         except Exception:  # a trace of these sizes will tell whether it is the function's fault
             return False
         return not trace.is_spoilt() and torch.allclose(
-            found.double(), expected.reshape(-1).double(), rtol=1e-2, atol=1e-4
+            found.double(), expected.reshape(-1).double(), rtol=1e-2, atol=1e-6
         )
 
     def _seed(self, trace: _Trace, bound: Bound, target: Target) -> tuple[Rows | None, Seed]:
         flat = outputs(trace.canonical.graph.graph)
         if isinstance(target, Function):
-            indices = float_outputs(flat)
+            indices = tensor_outputs(flat)
             return None, Seed(
                 _FunctionScore(target, trace.captured, indices), indices, (), None, bound.tensors[0].device
             )
@@ -315,7 +336,9 @@ class Explainer:
         if logits.dim() == 3:
             given = getattr(target, "position", None) is not None
             mask = None if given else self._mask(trace, bound, index)
-            rows = Rows(index, "target_position" if given else mask, given)
+            rows = Rows(
+                index, "target_position" if given else mask, given, bool(mask and mask.endswith(_PADDING))
+            )
             return rows, Seed(_RowScore(target), (0,), names, logits.shape[0], logits.device)
         return None, Seed(_ClassScore(target), (index,), names, logits.shape[0], logits.device)
 
@@ -340,7 +363,8 @@ class Explainer:
         """The padding mask that fits a sequence output, by name."""
         shape = self._output_shape(trace, bound, index)
         decodes = any(name.startswith("decoder_") for name in bound.names)
-        for name in _MASKS:
+        names = [*_MASKS, *(name for name in bound.names if name.endswith(_PADDING))]
+        for name in names:
             if name == "attention_mask" and decodes:
                 continue
             tensor = bound.by_name.get(name)
@@ -354,7 +378,9 @@ class Explainer:
         index = self._logits(trace)
         shape = self._output_shape(trace, bound, index)
         mask_name = self._mask(trace, bound, index) if len(shape) == 3 else None
-        by_identifier = {identifier(name): t for name, t in bound.by_name.items()}
+        by_identifier = {
+            identifier(name): ~t.bool() if name.endswith(_PADDING) else t for name, t in bound.by_name.items()
+        }
         return resolve(
             target,
             shape if len(shape) > 1 else (*shape, 1),
@@ -377,11 +403,22 @@ class Explainer:
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Explanation:
         """A call inside ``torch.compile``: the last call's relevance graph, inlined into the caller."""
         program = self._of_last_call()[0]
+        if not self._last_serves_others:
+            raise CaptureError(
+                "The last call's graph is a trace of that very input; it cannot be compiled in."
+            )
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        tensors = [given[name].detach() for name in self._last_names]
+        tensors = [given.pop(name).detach() for name in self._last_names]
+        if any(
+            isinstance(left, Tensor) or self._last_constants.get(name, left) != left
+            for name, left in given.items()
+        ):
+            raise InputError(
+                "Inside torch.compile, call the explainer with the arguments of its last call outside."
+            )
         wanted = as_target(target)
         operands = operand_tensors(wanted, tensors[0].shape[0], tensors[0].device)
-        if len(operands) != len(program.seed.operand_names) + (self._last_position is not None):
+        if wanted.key != self._last_target:
             raise TargetError(
                 "Explain once outside of torch.compile with the same kind of target, so that it is traced."
             )
@@ -390,21 +427,27 @@ class Explainer:
         return Explanation(one_or_many(names, relevance), scalar, one_or_many(names, coefficients))
 
     def _run_model(self, bound: Bound) -> Any:
-        args, kwargs = bound.rebuild(bound.tensors)
-        with torch.no_grad():
-            return self.model(*args, **kwargs)
+        return call_model(self.model, bound)
 
-    def _account(self, program: Program, bound: Bound, operands: tuple[Tensor, ...]) -> Ledger:
+    def _account(
+        self, program: Program, bound: Bound, operands: tuple[Tensor, ...], relevance: dict[str, Tensor]
+    ) -> Ledger:
+        """What an independent pass over the rule graph absorbed, beside the relevance that was returned.
+
+        A relevance graph that loses something does not close its ledger.
+        """
         with plain_region():
-            return Ledger.of(
-                account(program.rule_graph, program.plan.sources, program.seed, (*bound.tensors, *operands))
+            found = account(
+                program.rule_graph, program.plan.sources, program.seed, (*bound.tensors, *operands)
             )
+            returned = {name: r.double().cpu().flatten(1).sum(1) for name, r in relevance.items()}
+            return Ledger(found.value, returned, found.entries)
 
     def _refuse_nonfinite(
         self, bound: Bound, program: Program, relevance: tuple[Tensor, ...], scalar: Tensor
     ) -> None:
         total = sum(
-            (r.detach().abs().sum().float() for r in relevance), start=scalar.detach().abs().sum().float()
+            (r.detach().float().abs().sum() for r in relevance), start=scalar.detach().float().abs().sum()
         )
         if bool(torch.isfinite(total)):
             return

@@ -90,7 +90,7 @@ class Function(Target):
 
     @property
     def key(self) -> Any:
-        return "Function", self.function
+        return "Function", self.function, _read_by(self.function)
 
     def score(self, logits: Tensor, indices: Sequence[Tensor]) -> Tensor:
         raise NotImplementedError("a function of the whole output reads no logits")
@@ -187,6 +187,13 @@ def _checked(name: str, value: Index, batch: int, size: int, what: str, device: 
         wrong = tensor[(tensor < -size) | (tensor >= size)][0].item()
         raise TargetError(f"The target's {name} {wrong} is out of range: the output has {size} {what}.")
     return torch.where(tensor < 0, tensor + size, tensor).long()
+
+
+def _read_by(function: Any) -> tuple[Any, ...]:
+    """What a function closes over and has as defaults: a traced function keeps what it read."""
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    read = [*cells, *(getattr(function, "__defaults__", None) or ())]
+    return tuple((id(v), v._version) if isinstance(v, Tensor) else repr(v) for v in read)
 
 
 def _kind(value: Any) -> str:

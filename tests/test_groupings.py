@@ -137,3 +137,52 @@ def test_the_fix_that_an_uncovered_op_suggests_works() -> None:
     composite = fxlrp.Composite([(fxlrp.name("*"), Taylor())])
     explanation = fxlrp.lrp_compile(model, composite)(torch.randn(2, 5, WIDTH))
     assert explanation.ledger.residual < 1e-4
+
+
+class Pooled(nn.Module):
+    """Steps whose derivatives write through views or want contiguous coefficients."""
+
+    def __init__(self, step: Callable[[Pooled, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.lift, self.head, self.step = nn.Linear(6, 6), nn.Linear(6, 3), step
+        self.pool, self.group, self.conv = (
+            nn.AdaptiveAvgPool1d(1),
+            nn.GroupNorm(2, 6),
+            nn.Conv1d(6, 6, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.step(self, self.lift(x)))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda m, h: m.pool(h.transpose(1, 2)).squeeze(-1),
+        lambda m, h: m.group(m.conv(h.transpose(1, 2))).flatten(2).transpose(1, 2).mean(1),
+        lambda m, h: h.as_strided((h.shape[0], 6), (h.stride(0), 1)),
+        lambda m, h: torch.fft.rfft(h, dim=1).real[:, 1],
+        lambda m, h: F.max_pool1d(h.transpose(1, 2), 5).squeeze(-1),
+    ],
+    ids=["pool", "group norm", "as_strided", "fft", "max pool"],
+)
+def test_the_relevance_graph_is_as_right_as_the_ledger(step: Callable[[Pooled, Tensor], Tensor]) -> None:
+    """Would break: a write through a view lost when a derivative is made functional (relevance of zeros)."""
+    model, x = Pooled(step).eval(), torch.randn(2, 5, 6)
+    explanation = fxlrp.lrp_compile(model, "gradient", dynamic=False)(x)
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad(model(leaf).max(-1).values.sum(), leaf)[0] * x
+    torch.testing.assert_close(explanation.relevance, expected, rtol=1e-4, atol=1e-6)
+    assert explanation.ledger.residual < 1e-4
+    assert fxlrp.lrp_compile(model, dynamic=False)(x).ledger.residual < 1e-4
+
+
+def test_a_ledger_does_not_close_over_wrong_relevance() -> None:
+    """The ledger stands beside the relevance that was returned, not beside its own."""
+    model, x = Pooled(lambda m, h: h.mean(1)).eval(), torch.randn(2, 5, 6)
+    explainer = fxlrp.lrp_compile(model)
+    explainer(x)
+    node = next(n for n in reversed(explainer.relevance_graph.graph.nodes) if "mul" in n.name)
+    node.args = (node.args[0], 0.5)
+    explainer.relevance_graph.recompile()
+    assert explainer(x).ledger.residual > 1e-2

@@ -183,6 +183,8 @@ def _kind(node: fx.Node, operands: list[Any], positions: tuple[int, ...], active
         # addmm and its like add their first operand to the others' product: affine in it, bilinear in them.
         if 0 in positions and op_name(node.target) in ("addmm", "baddbmm", "addmv", "addbmm"):
             return None
+        if 2 in positions:  # a computed bias: affine in input and bias together, in weight and bias it is not
+            return kind if positions == (0, 2) else None
         kind = "matmul"
     if kind in ("product", "matmul") and count < 2:
         return "structural" if kind == "product" else "linear"

@@ -7,6 +7,7 @@ very input. Each step must reproduce the model's own output on the inputs at han
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .inputs import Bound, ambient_autocast, plain_region
 from .outputs import Outputs, flatten_output
 from .provenance import module_path, source_line
 from .shapes import Shapes
+from .verify import verify_functional
 
 DYNAMIC, STATIC, TRACE = "dynamic export", "static export", "trace of this input"
 
@@ -66,12 +68,13 @@ def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True) -> Captured
         try:
             with _quiet():
                 captured = step()
+                verify_functional(captured.graph)
+                difference = compare(captured, bound, expected)
         except StochasticModelError:
             raise
         except Exception as error:  # whatever the tracer raises, the next step may still succeed
             reasons.append(f"{method}: {_first_line(error)}")
             continue
-        difference = compare(captured, bound, expected)
         if difference is None:
             return Captured(
                 captured.graph,
@@ -90,12 +93,24 @@ def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True) -> Captured
 
 
 def run_model(model: nn.Module, bound: Bound) -> tuple[Tensor, ...]:
-    """The model's own output tensors; buffers that a forward in train mode updates are put back."""
-    args, kwargs = bound.rebuild(bound.tensors)
-    buffers = {name: b.clone() for name, b in model.named_buffers()} if model.training else {}
+    """The model's own output tensors; see :func:`call_model`."""
+    return flatten_output(call_model(model, bound))[0]
+
+
+def call_model(model: nn.Module, bound: Bound) -> Any:
+    """The model's own output, computed on copies of what it may write into: its inputs and buffers.
+
+    Raises:
+        InputError: the model itself fails on these inputs.
+    """
+    args, kwargs = bound.rebuild(tuple(t.clone() for t in bound.tensors))
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
+        # The fast path of torch's own encoder computes something else at padded positions.
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad():
-            result = (
+            return (
                 torch.func.functional_call(model, buffers, args, kwargs)
                 if buffers
                 else model(*args, **kwargs)
@@ -115,7 +130,8 @@ def run_model(model: nn.Module, bound: Bound) -> tuple[Tensor, ...]:
         raise InputError(
             f"{type(model).__name__} itself fails on these inputs ({dtypes}): {_first_line(error)}.{hint}"
         ) from error
-    return flatten_output(result)[0]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def compare(captured: Captured, bound: Bound, expected: tuple[Tensor, ...], floor: float = 0.0) -> str | None:
@@ -274,7 +290,7 @@ def _unlift(program: torch.export.ExportedProgram, names: tuple[str, ...]) -> fx
 
 def identifier(name: str) -> str:
     """An input's name as a Python identifier."""
-    return name.replace(".", "_")
+    return re.sub(r"\W", "_", name)
 
 
 def _attribute(root: nn.Module, target: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ..rules.activation import RATIOS, op_name
-from .graphs import arg, fake_mode, leaves, outputs, value
+from .graphs import arg, copy_graph, fake_mode, leaves, output_node, outputs, value
 from .template import ancestors
 
 _POINTWISE = frozenset(
@@ -63,8 +63,29 @@ def last_unpadded(mask: Tensor) -> Tensor:
     return ((mask != 0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(-1)
 
 
+def last_before_padding(mask: Tensor) -> Tensor:
+    """As :func:`last_unpadded`, for a mask that is true where there is padding."""
+    return last_unpadded(mask == 0)
+
+
+def only_outputs(module: fx.GraphModule, wanted: Collection[int]) -> fx.GraphModule:
+    """The graph without what only other outputs need; those stand as None."""
+    new = copy_graph(module, "Demanded")
+    output = output_node(new.graph)
+    output.args = (tuple(node if i in wanted else None for i, node in enumerate(outputs(new.graph))),)
+    new.graph.eliminate_dead_code()
+    new.recompile()
+    return new
+
+
 def demand_rows(
-    module: fx.GraphModule, output: int, positions: str | None, *, given: bool, whole: Collection[str] = ()
+    module: fx.GraphModule,
+    output: int,
+    positions: str | None,
+    *,
+    given: bool,
+    padding: bool = False,
+    whole: Collection[str] = (),
 ) -> fx.GraphModule:
     """A graph whose only output is the chosen rows ``[batch, 1, classes]`` of one sequence output.
 
@@ -74,6 +95,7 @@ def demand_rows(
         positions: where positions come from: a new input of this name if ``given``, the padding mask's name
             if not; None for the last position.
         given: see ``positions``.
+        padding: whether the mask is true where there is padding, and not where there is none.
         whole: names of nodes of which every position is wanted.
     """
     old = module.graph
@@ -119,7 +141,7 @@ def demand_rows(
             }
     elif positions is not None:
         mask = next(env[n] for n in old.nodes if n.op == "placeholder" and n.target == positions)
-        chosen = compute(last_unpadded, mask)
+        chosen = compute(last_before_padding if padding else last_unpadded, mask)
     for node in old.nodes:
         if node.op in ("placeholder", "output") or node not in needed:
             continue

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from ..errors import GraphError
 from .graphs import arg
 
 _GRAD_REGION = "wrap_with_set_grad_enabled"
@@ -41,6 +42,11 @@ def functionalize(program: torch.export.ExportedProgram) -> torch.export.Exporte
     return retraced
 
 
+def is_functional(module: fx.GraphModule) -> bool:
+    """Whether no node writes into an operand."""
+    return not any(_is_mutation(node) for node in module.graph.nodes)
+
+
 def rewrite(graph: fx.Graph, root: torch.nn.Module) -> None:
     """Inline regions, replace in-place ops, drop markers: the new graph is functional. Edits a graph under
     construction that nobody else holds."""
@@ -55,7 +61,10 @@ def rewrite(graph: fx.Graph, root: torch.nn.Module) -> None:
         elif node.target is torch.ops.aten.copy.default:
             _replace_copy(graph, node)
         elif _is_mutation(node):
-            node.target = _functional(node.target)
+            functional = _functional(node.target)
+            if functional is None:
+                raise GraphError(f"'{node.name}' ({node.target}) cannot be made functional by itself")
+            node.target = functional
             mutated = node.args[0]
             later = _after(node)
             mutated.replace_all_uses_with(node, delete_user_cb=lambda user, later=later: user in later)
@@ -80,6 +89,7 @@ def _is_simple(module: fx.GraphModule) -> bool:
                 _functional(node.target) is None
                 or mutated.op != "call_function"
                 or aliases.get(mutated, mutated) is not mutated
+                or _promotes(node, mutated)
             ):
                 return False
             later = _after(node)
@@ -110,6 +120,16 @@ def _is_view(node: fx.Node) -> bool:
         or any(
             name in str(node.target) for name in ("reshape", "contiguous", "to.dtype", "flatten", "type_as")
         )
+    )
+
+
+def _promotes(node: fx.Node, mutated: fx.Node) -> bool:
+    """Whether the in-place op casts its result down, which its functional form would not do."""
+    mine = mutated.meta["val"].dtype
+    others = [leaf.meta.get("val") for leaf in node.all_input_nodes if leaf is not mutated]
+    return any(
+        isinstance(other, Tensor) and other.dim() > 0 and torch.promote_types(mine, other.dtype) is not mine
+        for other in others
     )
 
 

@@ -101,9 +101,17 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
     return (
         tuple((id(p), p.data_ptr(), p.dtype, p.device) for p in model.parameters()),
         tuple((id(b), b.data_ptr(), b.dtype, b.device) for b in model.buffers()),
-        tuple(m.training for m in model.modules()),
+        tuple(
+            (id(m), type(m), len(m._forward_hooks), len(m._forward_pre_hooks), _settings(m))
+            for m in model.modules()
+        ),
         ambient_autocast(model),
     )
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """A module's plain attributes: its mode, sizes, flags, factors."""
+    return tuple((k, v) for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)))
 
 
 def ambient_autocast(model: nn.Module) -> tuple[str, torch.dtype] | None:
@@ -153,8 +161,26 @@ def _name(path: tuple[Any, ...], parameters: list[inspect.Parameter]) -> str:
 def _constant(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return Tensor
+    if _holds_tensors(leaf):
+        raise InputError(
+            f"An argument of type {type(leaf).__name__} holds tensors that cannot be traced (a cache?). Leave "
+            "it out, or pass its tensors in tuples, lists or dicts."
+        )
     try:
         hash(leaf)
     except TypeError:
-        return id(leaf)
+        return repr(leaf)
     return type(leaf), leaf
+
+
+def _holds_tensors(value: Any, depth: int = 3) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    if depth == 0 or isinstance(value, (type, nn.Module)) or callable(value):
+        return False
+    parts = [*getattr(value, "__dict__", {}).values()]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        parts += list(value)
+    elif isinstance(value, Mapping):
+        parts += list(value.values())
+    return any(_holds_tensors(part, depth - 1) for part in parts)

@@ -11,7 +11,7 @@ from ..rules import Composite
 from .activity import explained
 from .assign import assign
 from .canonicalize import Canonical
-from .demand import demand_rows
+from .demand import demand_rows, only_outputs
 from .graphs import outputs
 from .plan import Plan
 from .rewrite import rewrite
@@ -28,11 +28,13 @@ class Rows:
         output: which of the graph's outputs.
         positions: name of the input or padding mask that positions come from; None for the last position.
         given: whether positions are an input of their own.
+        padding: whether the mask is true where there is padding.
     """
 
     output: int
     positions: str | None
     given: bool
+    padding: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +68,14 @@ def build(
     graph = canonical.graph
     if rows is not None:
         graph = demand_rows(
-            graph, rows.output, rows.positions, given=rows.given, whole=(latents or {}).values()
+            graph,
+            rows.output,
+            rows.positions,
+            given=rows.given,
+            padding=rows.padding,
+            whole=(latents or {}).values(),
         )
+    graph = only_outputs(graph, seed.outputs)
     targets = seed.reads(outputs(graph.graph))
     sources = explained(graph, targets)
     plan = assign(graph, sources, targets, composite, strict=strict)

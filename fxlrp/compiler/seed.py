@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .graphs import is_float, value
+from .graphs import value
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +55,6 @@ class Seed:
         return (scalar.detach(), *(next(grads) if x.requires_grad else None for x in read))
 
 
-def float_outputs(outputs: Sequence[Any]) -> tuple[int, ...]:
-    """Indices of outputs that could carry relevance."""
-    return tuple(i for i, node in enumerate(outputs) if is_float(node) and isinstance(value(node), Tensor))
+def tensor_outputs(outputs: Sequence[Any]) -> tuple[int, ...]:
+    """Indices of outputs that a target function may read."""
+    return tuple(i for i, node in enumerate(outputs) if isinstance(value(node), Tensor))

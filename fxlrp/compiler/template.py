@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .functional import rewrite
+from .functional import is_functional, rewrite
 
 #: Ops that cost nothing at run time, so that a backward may repeat them instead of keeping the forward's.
 _FREE = frozenset(
@@ -117,9 +117,12 @@ def trace(function: Callable[..., Sequence[Any]], values: Sequence[Any]) -> Temp
     """Trace a function on fake tensors and symbolic sizes; below autograd, so that its vjps are ops."""
     with torch.no_grad():
         # New tensor objects, since tracing tells operands apart by identity and one may be given twice.
-        module = make_fx(function)(*(v.detach() if isinstance(v, Tensor) else v for v in values))
+        operands = [v.detach() if isinstance(v, Tensor) else v for v in values]
+        module = make_fx(function)(*operands)
+        if not is_functional(module):  # PyTorch's derivatives may write through views
+            module = make_fx(torch.func.functionalize(module))(*operands)
     graph = module.graph
-    rewrite(graph, module)  # decompositions may use in-place steps
+    rewrite(graph, module)
     constants = {node.target: getattr(module, node.target) for node in graph.nodes if node.op == "get_attr"}
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in (

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import GraphError
-from ..rules import Structural
+from ..rules import Structural, kind_of
 from ..rules.base import Call
 from .activity import Source
 from .cleanup import clean
@@ -172,6 +172,10 @@ class _Transposition:
             if isinstance(value(node), Tensor) and isinstance(template.outputs[0], fx.Node):
                 known[template.outputs[0]] = forward
         seeds = self._cotangent_leaves(node)
+        if kind_of(rule_op(node).op) not in _ANY_STRIDES:
+            # PyTorch's derivatives make coefficients contiguous where their kernels need it; a template
+            # that was traced with contiguous ones has left that out.
+            seeds = [self.graph.call_function(torch.ops.aten.contiguous.default, (g,)) for g in seeds]
         before = set(known)
         flat, _ = tree(node)
         wanted = [outs + i for i in range(len(rule_op(node).active))]
@@ -320,6 +324,8 @@ class _Transposition:
         return self.templates.get(("ids", node.name), routed, [*(value(x) for x in operands), cotangent])
 
 
+#: Kinds of ops whose derivatives take coefficients of any strides.
+_ANY_STRIDES = frozenset({"add", "structural", "product", "matmul", "division", "activation"})
 _IDS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 

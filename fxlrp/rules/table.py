@@ -37,26 +37,33 @@ _STRUCTURAL = """view reshape unsafe_view view_as reshape_as transpose permute t
     unsqueeze squeeze expand expand_as contiguous clone alias to to_copy type_as slice select narrow split
     split_with_sizes chunk tensor_split unbind cat concat concatenate stack flatten unflatten repeat
     repeat_interleave tile roll flip gather index index_select take take_along_dim index_put index_add
-    index_copy index_fill scatter scatter_add select_scatter slice_scatter diagonal diag_embed as_strided pad
+    index_copy index_fill scatter scatter_add select_scatter slice_scatter diagonal diag_embed as_strided
+    pad
     constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d masked_fill
     masked_scatter masked_select where tril triu sum mean cumsum neg negative dropout feature_dropout
     alpha_dropout view_as_real view_as_complex real imag complex conj resolve_conj unfold im2col col2im
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-    upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_linear1d
-    pixel_shuffle pixel_unshuffle channel_shuffle fft_fft fft_ifft fft_fftn fft_ifftn fft_rfft fft_irfft copy
+    upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_bicubic2d_aa
+    upsample_bilinear2d_aa
+    upsample_trilinear3d upsample_nearest3d upsample_nearest_exact1d upsample_nearest_exact2d
+    upsample_nearest_exact3d upsample_linear1d
+    pixel_shuffle pixel_unshuffle channel_shuffle fft_fft fft_ifft fft_fftn fft_ifftn fft_rfft fft_irfft
+    copy
     lift_fresh_copy broadcast_to getitem segment_reduce trace rot90 positive select_rows last_row diff
     atleast_1d atleast_2d atleast_3d hstack vstack dstack nan_to_num ravel zero fill numpy_T mT mH adjoint
     matrix_H rad2deg"""
 _PRODUCT = "mul multiply"
-_MATMUL = "matmul mm bmm mv dot einsum bilinear outer ger inner tensordot chain_matmul linalg_multi_dot kron"
+_MATMUL = """matmul mm bmm mv dot einsum bilinear outer ger inner cross linalg_cross tensordot
+    chain_matmul linalg_multi_dot kron"""
 _DIVISION = "div divide true_divide"
 _ATTENTION = "attention scaled_dot_product_attention"
 _SOFTMAX = "softmax safe_softmax"
 _NORM = "layer_norm rms_norm group_norm normalize normalize_divide"
 _GATE = """sigmoid softplus exp exp2 log_sigmoid hardsigmoid cos rsqrt sqrt reciprocal log log2 log10
-    logsumexp log_softmax acos asin atan atan2 sinh cosh tan logit erfc erfinv linalg_vector_norm norm std var
-    var_mean std_mean addcmul addcdiv cumprod linalg_norm atanh asinh acosh logaddexp cosine_similarity cdist
-    threshold lerp hypot prod"""
+    logsumexp log_softmax acos asin atan atan2 sinh cosh tan logit erfc erfinv linalg_vector_norm norm
+    std var
+    var_mean std_mean cumprod linalg_norm atanh asinh acosh logaddexp cosine_similarity cdist
+    threshold hypot prod"""
 _SELECTION = """max min maximum minimum amax amin topk sort median kthvalue max_pool1d max_pool2d max_pool3d
     adaptive_max_pool1d adaptive_max_pool2d max_pool2d_with_indices clamp clamp_min clamp_max clip fmax fmin
     mode cummax cummin nanmedian msort aminmax"""

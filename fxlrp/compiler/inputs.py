@@ -163,8 +163,8 @@ def _constant(leaf: Any) -> Any:
         return Tensor
     if _holds_tensors(leaf):
         raise InputError(
-            f"An argument of type {type(leaf).__name__} holds tensors that cannot be traced (a cache?). Leave "
-            "it out, or pass its tensors in tuples, lists or dicts."
+            f"An argument of type {type(leaf).__name__} holds tensors that cannot be traced (a cache?). Leave"
+            " it out, or pass its tensors in tuples, lists or dicts."
         )
     try:
         hash(leaf)

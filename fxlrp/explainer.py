@@ -79,6 +79,8 @@ class _Trace:
     canonical: Canonical
     verified: set[tuple[bool, ...]]
     values: tuple[Tensor, ...] | None
+    admitted: set[Any] = field(default_factory=set)
+    output_shapes: dict[Any, tuple[int, ...]] = field(default_factory=dict)
 
     def is_spoilt(self) -> bool:
         """Whether what was built on the trace fixed sizes that it was captured as changeable."""
@@ -96,8 +98,11 @@ class _Trace:
 
     def admits(self, bound: Bound) -> bool:
         """Whether the trace may be used for these inputs."""
-        if not self.shapes.admit(bound.tensors):
-            return False
+        sizes = tuple(t.shape for t in bound.tensors)
+        if sizes not in self.admitted:
+            if not self.shapes.admit(bound.tensors):
+                return False
+            self.admitted.add(sizes)
         return self.values is None or all(map(torch.equal, self.values, bound.tensors))
 
 
@@ -279,6 +284,7 @@ class Explainer:
         if key not in self._programs:
             notes = (f"captured by {trace.captured.method}", *trace.captured.notes)
             latents = self._latent_nodes(trace)
+            trace.admitted.clear()  # what is built may rely on further conditions on the sizes
             with collection_paused():
                 program = build(
                     trace.canonical,
@@ -389,8 +395,11 @@ class Explainer:
         )
 
     def _output_shape(self, trace: _Trace, bound: Bound, index: int) -> tuple[int, ...]:
-        fake = value(outputs(trace.canonical.graph.graph)[index])
-        return trace.shapes.evaluate(fake.shape, bound.tensors)
+        place = (index, *(t.shape for t in bound.tensors))
+        if place not in trace.output_shapes:
+            fake = value(outputs(trace.canonical.graph.graph)[index])
+            trace.output_shapes[place] = trace.shapes.evaluate(fake.shape, bound.tensors)
+        return trace.output_shapes[place]
 
     def _names(self, bound: Bound) -> dict[str, str]:
         return {identifier(name): name for name in bound.names}

@@ -86,7 +86,7 @@ def check(bound: Bound, model: nn.Module) -> None:
             raise InputError(
                 f"Input '{name}' of shape {tuple(tensor.shape)} is empty: there is nothing to explain."
             )
-    weights = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
+    weights = _devices(model)
     for name, tensor in bound.by_name.items():
         if weights and tensor.device not in weights:
             raise InputError(
@@ -97,16 +97,39 @@ def check(bound: Bound, model: nn.Module) -> None:
 
 
 def fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    """What must not change for a traced program to stay valid: which tensors the weights are, and modes."""
-    return (
-        tuple((id(p), p.data_ptr(), p.dtype, p.device) for p in model.parameters()),
-        tuple((id(b), b.data_ptr(), b.dtype, b.device) for b in model.buffers()),
-        tuple(
-            (id(m), type(m), len(m._forward_hooks), len(m._forward_pre_hooks), _settings(m))
-            for m in model.modules()
-        ),
-        ambient_autocast(model),
-    )
+    """What must not change for a trace to stay valid: modules, weights, flags and modes."""
+    parts = [
+        (
+            id(m),
+            len(m._forward_hooks) + len(m._forward_pre_hooks),
+            _settings(m),
+            *((id(t), t.data_ptr(), t.dtype) for t in m._parameters.values() if t is not None),
+            *((id(t), t.data_ptr(), t.dtype) for t in m._buffers.values() if t is not None),
+        )
+        for m in _modules(model)
+    ]
+    return (tuple(parts), ambient_autocast(model))
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """All modules; ``model.modules()`` takes longer, which counts on every call."""
+    found = {id(model): model}
+    stack = [model]
+    while stack:
+        for child in stack.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                stack.append(child)
+    return list(found.values())
+
+
+def _devices(model: nn.Module) -> set[torch.device]:
+    return {
+        t.device
+        for m in _modules(model)
+        for t in (*m._parameters.values(), *m._buffers.values())
+        if t is not None
+    }
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
@@ -116,7 +139,9 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
 
 def ambient_autocast(model: nn.Module) -> tuple[str, torch.dtype] | None:
     """The autocast region around the call, as (device type, dtype), or None."""
-    for device_type in sorted({p.device.type for p in model.parameters()}):
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        return None
+    for device_type in sorted({device.type for device in _devices(model)}):
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
             return device_type, torch.get_autocast_dtype(device_type)
     return None

@@ -14,7 +14,15 @@ from torch import Tensor, fx, nn
 from .compiler.canonicalize import Canonical, canonicalize
 from .compiler.capture import TRACE, Captured, call_model, capture, compare, identifier, run_model
 from .compiler.graphs import outputs, placeholders, value
-from .compiler.inputs import Bound, bind, check, collection_paused, fingerprint, plain_region
+from .compiler.inputs import (
+    Bound,
+    bind,
+    collection_paused,
+    fingerprint,
+    plain_region,
+    refuse_elsewhere,
+    refuse_empty,
+)
 from .compiler.latents import find
 from .compiler.ledger import account
 from .compiler.lower import Runner, lower
@@ -106,6 +114,25 @@ class _Trace:
         return self.values is None or all(map(torch.equal, self.values, bound.tensors))
 
 
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What a call used; a later one inside ``torch.compile`` uses the same.
+
+    Attributes:
+        program: what was compiled for it.
+        names: of its tensor inputs, in the program's order.
+        constants: its other arguments by name.
+        target: the kind of its target.
+        serves_others: whether the program is not a trace of that very input.
+    """
+
+    program: Program
+    names: tuple[str, ...]
+    constants: Mapping[str, Any]
+    target: Any
+    serves_others: bool
+
+
 #: Programs of target functions that are kept; a function made anew for each call would fill the memory.
 _KEPT_FUNCTIONS = 8
 #: Traces that are kept where a model must be traced for each shape.
@@ -127,12 +154,8 @@ class Explainer:
     latents: tuple[str, ...]
     _traces: dict[Any, list[_Trace]] = field(default_factory=dict, repr=False)
     _programs: dict[Any, tuple[Program, Runner]] = field(default_factory=dict, repr=False)
-    _last: tuple[Program, Runner] | None = field(default=None, repr=False)
     _function_traces: dict[Any, _Trace] = field(default_factory=dict, repr=False)
-    _last_names: tuple[str, ...] = field(default=(), repr=False)
-    _last_target: Any = field(default=None, repr=False)
-    _last_serves_others: bool = field(default=True, repr=False)
-    _last_constants: dict[str, Any] = field(default_factory=dict, repr=False)
+    _last: _Call | None = field(default=None, repr=False)
     _parameters: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -164,14 +187,13 @@ class Explainer:
     def _explain(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Explanation:
         wanted = as_target(target)
         bound = bind(self.model, args, kwargs)
-        check(bound, self.model)
+        refuse_empty(bound)
         trace = self._trace(bound)
         operands = self._operands(trace, bound, wanted)
         program, runner = self._program(trace, bound, wanted)
-        self._last, self._last_names = (program, runner), bound.names
-        self._last_target, self._last_serves_others = wanted.key, trace.values is None
-        self._last_constants = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        self._last_constants = {k: v for k, v in self._last_constants.items() if not isinstance(v, Tensor)}
+        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        constants = {name: v for name, v in given.items() if not isinstance(v, Tensor)}
+        self._last = _Call(program, bound.names, constants, wanted.key, trace.values is None)
         relevance, scalar, coefficients, latents = runner(*bound.tensors, *operands)
         if not any(t.dim() > 0 and t.shape[0] == scalar.shape[0] for t in bound.tensors):
             raise TargetError(
@@ -200,19 +222,19 @@ class Explainer:
     @property
     def plan(self) -> Plan:
         """Which node has which rule, and why; of the last call."""
-        return self._of_last_call()[0].plan
+        return self._of_last_call().program.plan
 
     @property
     def rule_graph(self) -> fx.GraphModule:
         """The model's forward with rule nodes in place of ops; of the last call. Takes its tensor inputs."""
-        return self._of_last_call()[0].rule_graph
+        return self._of_last_call().program.rule_graph
 
     @property
     def relevance_graph(self) -> fx.GraphModule:
         """From tensor inputs (and target indices) to ``(relevance, value, coefficients, latents)``."""
-        return self._of_last_call()[0].relevance.graph
+        return self._of_last_call().program.relevance.graph
 
-    def _of_last_call(self) -> tuple[Program, Runner]:
+    def _of_last_call(self) -> _Call:
         if self._last is None:
             raise CaptureError(
                 "Nothing is compiled yet: tracing happens at the first call. Call the explainer once."
@@ -234,6 +256,7 @@ class Explainer:
         for trace in traces:
             if trace.admits(bound) and self._verified(trace, bound):
                 return trace
+        refuse_elsewhere(bound, self.model)
         trace = self._capture(bound, dynamic=self.dynamic)
         # A trace of one input serves that input only: one is enough.
         kept = [t for t in traces if t.values is None or trace.values is None][-_KEPT_TRACES:]
@@ -285,7 +308,7 @@ class Explainer:
             notes = (f"captured by {trace.captured.method}", *trace.captured.notes)
             latents = self._latent_nodes(trace)
             trace.admitted.clear()  # what is built may rely on further conditions on the sizes
-            with collection_paused():
+            with collection_paused(), plain_region():
                 program = build(
                     trace.canonical,
                     self.composite,
@@ -411,23 +434,23 @@ class Explainer:
 
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Explanation:
         """A call inside ``torch.compile``: the last call's relevance graph, inlined into the caller."""
-        program = self._of_last_call()[0]
-        if not self._last_serves_others:
+        last = self._of_last_call()
+        program = last.program
+        if not last.serves_others:
             raise CaptureError(
                 "The last call's graph is a trace of that very input; it cannot be compiled in."
             )
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        tensors = [given.pop(name).detach() for name in self._last_names]
+        tensors = [given.pop(name).detach() for name in last.names]
         if any(
-            isinstance(left, Tensor) or self._last_constants.get(name, left) != left
-            for name, left in given.items()
+            isinstance(left, Tensor) or last.constants.get(name, left) != left for name, left in given.items()
         ):
             raise InputError(
                 "Inside torch.compile, call the explainer with the arguments of its last call outside."
             )
         wanted = as_target(target)
         operands = operand_tensors(wanted, tensors[0].shape[0], tensors[0].device)
-        if wanted.key != self._last_target:
+        if wanted.key != last.target:
             raise TargetError(
                 "Explain once outside of torch.compile with the same kind of target, so that it is traced."
             )

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .compiler.ledger import Account, Entry
+from .compiler.ledger import Entry
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +27,6 @@ class Ledger:
     value: Tensor
     inputs: Mapping[str, Tensor]
     entries: tuple[Entry, ...]
-
-    @staticmethod
-    def of(account: Account) -> Ledger:
-        """From the compiler's account."""
-        return Ledger(account.value, account.inputs, account.entries)
 
     @cached_property
     def absorbed(self) -> Tensor:

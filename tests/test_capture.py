@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops import while_loop
 from torch.nn import functional as F
 
 import fxlrp
@@ -277,3 +278,64 @@ def test_a_shape_that_the_trace_does_not_admit_is_traced_anew() -> None:
     for rows in (4, 3, 6, 5, 4):
         x = torch.randn(rows, 6)
         torch.testing.assert_close(explainer(x).relevance, autograd_reference(model, x), rtol=1e-4, atol=1e-6)
+
+
+class Branching(nn.Module):
+    """``torch.cond`` on the data, inside a ``while_loop`` where ``loops``."""
+
+    def __init__(self, loops: bool) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+        self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.loops = loops
+
+    def left_branch(self, x: Tensor) -> Tensor:
+        return torch.relu(self.left(x)) + 0
+
+    def right_branch(self, x: Tensor) -> Tensor:
+        return self.right(x) * 2
+
+    def step(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, self.left_branch, self.right_branch, (x,))
+
+    @staticmethod
+    def goes_on(n: Tensor, x: Tensor) -> Tensor:
+        return x.abs().sum() < 50 * (n + 1).sum()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        if self.loops:
+            n = torch.zeros(1)
+            _, x = while_loop(self.goes_on, lambda n, x: (n + 1, 2 * x + self.step(x)), (n, x))
+        return self.head(self.step(x).mean(1))
+
+    def in_python(self, x: Tensor) -> Tensor:
+        """The forward from the embeddings on, with Python's own branches and loops."""
+
+        def step(x: Tensor) -> Tensor:
+            return self.left_branch(x) if x.sum() > 0 else self.right_branch(x)
+
+        n = torch.zeros(1)
+        while self.loops and self.goes_on(n, x):
+            n, x = n + 1, 2 * x + step(x)
+        return self.head(step(x).mean(1))
+
+
+@pytest.mark.parametrize("loops", [False, True])
+def test_control_flow_is_followed_as_the_data_lead(loops: bool) -> None:
+    """Breaks if a region is left in the graph, or another branch is explained than was taken."""
+    torch.manual_seed(0)
+    model = Branching(loops).eval()
+    explainer = fxlrp.lrp_compile(model, "gradient")
+    taken = set()
+    for seed in range(4):
+        ids = torch.randint(0, 20, (2, 5), generator=torch.Generator().manual_seed(seed))
+        taken.add(bool(model.embedding(ids).sum() > 0))
+        embedded = model.embedding(ids).detach().requires_grad_(True)
+        score = model.in_python(embedded).max(-1).values.sum()
+        (gradient,) = torch.autograd.grad(score, embedded)
+        found = explainer(ids)
+        torch.testing.assert_close(found.relevance, (embedded * gradient).sum(-1).detach())
+        assert found.ledger.residual < 1e-5
+    assert taken == {True, False}
+    assert "trace of this input" in str(explainer.plan)

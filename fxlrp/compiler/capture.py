@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import CaptureError, InputError, StochasticModelError, place
+from .control_flow import TakenBranches, has_control_flow
 from .functional import functionalize, rewrite
 from .inputs import Bound, ambient_autocast, plain_region
 from .outputs import Outputs, flatten_output
@@ -185,8 +186,9 @@ def _export(model: nn.Module, bound: Bound, *, dynamic: bool) -> Captured:
         tensors = _widened(tensors)
         auto = torch.export.Dim.AUTO
         sizes = {"tensors": tuple(dict.fromkeys(_dynamic_dims(t), auto) for t in tensors)}
+    flat = _Flat(model, bound, found)
     with torch.enable_grad(), _without_autocast(model):
-        program = torch.export.export(_Flat(model, bound, found), tensors, dynamic_shapes=sizes, strict=False)
+        program = torch.export.export(flat, tensors, dynamic_shapes=sizes, strict=False)
     _refuse_random(program.graph_module)
     program = functionalize(program)
     graph = _unlift(program, bound.names)
@@ -197,13 +199,11 @@ def _export(model: nn.Module, bound: Bound, *, dynamic: bool) -> Captured:
 def _trace(model: nn.Module, bound: Bound) -> Captured:
     """The model as it runs on this very input: branches on data as they fall, then exported as usual."""
     found: list[Outputs] = []
+    flat = _Flat(model, bound, found)
     with torch.enable_grad(), _without_autocast(model):
-        traced = make_fx(
-            _Flat(model, bound, found),
-            tracing_mode="real",
-            pre_dispatch=True,
-            _error_on_data_dependent_ops=False,
-        )(*bound.tensors)
+        traced = _trace_values(flat, bound.tensors)
+        if has_control_flow(traced):
+            traced = _trace_values(TakenBranches(traced).run, bound.tensors)
         _refuse_random(traced)
         program = torch.export.export(_Positional(traced), bound.tensors, strict=False)
     graph = _unlift(functionalize(program), bound.names)
@@ -218,6 +218,13 @@ def _trace(model: nn.Module, bound: Bound) -> Captured:
             "others are traced anew",
         ),
     )
+
+
+def _trace_values(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> fx.GraphModule:
+    traced: fx.GraphModule = make_fx(
+        function, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False
+    )(*tensors)
+    return traced
 
 
 class _Positional(nn.Module):

@@ -9,8 +9,24 @@ import torch
 from torch import Tensor, fx
 
 from ..rules.activation import op_name
-from .graphs import arg
+from .graphs import arg, is_op, value
 
+#: Ops that take operands of any strides; the kernels of other derivatives may read them as contiguous.
+_VIEWS = ("view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select")
+_ANY_STRIDES = (
+    *_VIEWS,
+    "contiguous",
+    "mm",
+    "bmm",
+    "matmul",
+    "linear",
+    "mul",
+    "add",
+    "sub",
+    "div",
+    "neg",
+    "sum",
+)
 _IMPURE = ("rand", "bernoulli", "dropout", "normal", "multinomial", "empty")
 
 
@@ -18,6 +34,8 @@ def clean(root: torch.nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor
     """A graph module over the root's weights and further constants, from a graph that nobody else holds."""
     for node in list(graph.nodes):
         _simplify(graph, node)
+    for node in list(graph.nodes):
+        _fold_matmul(graph, node)
     _deduplicate(graph)
     graph.eliminate_dead_code()
     graph.lint()
@@ -43,12 +61,61 @@ def _simplify(graph: fx.Graph, node: fx.Node) -> None:
     if node.target in (aten.view.default, aten._unsafe_view.default):
         # Coefficients need not have the strides they were traced with; reshape copies only where it must.
         node.target = aten.reshape.default
-    elif node.target in (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default):
-        node.replace_all_uses_with(arg(node, 0))
+    same = _same_as(node)
+    if same is not None:
+        node.replace_all_uses_with(same)
         graph.erase_node(node)
-    elif node.target is aten.t.default and getattr(node.args[0], "target", None) is aten.t.default:
-        node.replace_all_uses_with(arg(node, 0).args[0])
-        graph.erase_node(node)
+
+
+def _same_as(node: fx.Node) -> Any:
+    """An earlier node that can stand for this one, or None."""
+    aten: Any = torch.ops.aten
+    operand: Any = node.args[0] if node.args else None
+    if node.target in (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default):
+        return operand
+    if node.target is aten.t.default and operand.target is aten.t.default:
+        return operand.args[0]
+    if node.target is aten.reshape.default and _same_shape(node, operand):
+        return operand
+    if node.target is aten.contiguous.default and all(is_op(user, *_ANY_STRIDES) for user in node.users):
+        return operand
+    return None
+
+
+def _fold_matmul(graph: fx.Graph, node: fx.Node) -> None:
+    """``mm`` of flattened rows whose result gets its leading dimensions back: one ``matmul``, as in C++."""
+    if not is_op(node, "mm") or not is_op(node.args[0], "reshape") or not node.users:
+        return
+    rows = arg(node, 0).args[0]
+    given, results = value(rows), [value(user) for user in node.users]
+    if not isinstance(given, Tensor) or given.dim() < 3:
+        return
+    shape = _shape((*given.shape[:-1], value(node).shape[-1]))
+    if _shape(given.shape[-1:]) != _shape(value(arg(node, 0)).shape[-1:]):
+        return
+    if not all(is_op(user, "reshape") for user in node.users) or any(
+        _shape(v.shape) != shape for v in results
+    ):
+        return
+    with graph.inserting_before(node):
+        folded = graph.call_function(torch.ops.aten.matmul.default, (rows, node.args[1]))
+    folded.meta = {**node.meta, "val": results[0]}
+    for user in list(node.users):
+        user.replace_all_uses_with(folded)
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _same_shape(first: fx.Node, second: fx.Node) -> bool:
+    left, right = value(first), value(second)
+    return (
+        isinstance(left, Tensor) and isinstance(right, Tensor) and _shape(left.shape) == _shape(right.shape)
+    )
+
+
+def _shape(sizes: Any) -> tuple[str, ...]:
+    """Sizes to compare without asking whether symbols are equal, which would add conditions to the trace."""
+    return tuple(map(str, sizes))
 
 
 def _deduplicate(graph: fx.Graph) -> None:

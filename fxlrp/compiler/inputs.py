@@ -53,9 +53,10 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         InputError: the arguments do not fit the signature, or there is no tensor among them.
     """
     paths, spec = pytree.tree_flatten_with_path((args, dict(kwargs)))
-    parameters = list(inspect.signature(model.forward).parameters.values())
+    signature = inspect.signature(model.forward)
+    parameters = list(signature.parameters.values())
     try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
+        signature.bind(*args, **kwargs)
     except TypeError as error:
         raise InputError(f"These arguments do not fit {type(model).__name__}.forward: {error}.") from error
     leaves = tuple(leaf for _, leaf in paths)
@@ -71,21 +72,29 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
             "No tensor among the inputs. Call the explainer as the model itself: explainer(input_ids, …)."
         )
     constants = tuple(_constant(leaf) for leaf in leaves)
-    signature = tuple((t.dtype, t.device, t.dim()) for t in tensors)
-    return Bound(names, tensors, (names, signature, constants, str(spec)), leaves, spec)
+    kinds = tuple((t.dtype, t.device, t.dim()) for t in tensors)
+    return Bound(names, tensors, (names, kinds, constants, str(spec)), leaves, spec)
 
 
-def check(bound: Bound, model: nn.Module) -> None:
-    """Refuse inputs that cannot be explained.
+def refuse_empty(bound: Bound) -> None:
+    """Refuse an empty batch.
 
     Raises:
-        InputError: an empty batch, an input on another device than the weights.
+        InputError: an input has no elements.
     """
     for name, tensor in bound.by_name.items():
         if 0 in tensor.shape:
             raise InputError(
                 f"Input '{name}' of shape {tuple(tensor.shape)} is empty: there is nothing to explain."
             )
+
+
+def refuse_elsewhere(bound: Bound, model: nn.Module) -> None:
+    """Refuse inputs that are not where the weights are.
+
+    Raises:
+        InputError: an input on a device that holds no weight.
+    """
     weights = _devices(model)
     for name, tensor in bound.by_name.items():
         if weights and tensor.device not in weights:
@@ -103,6 +112,7 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
             id(m),
             len(m._forward_hooks) + len(m._forward_pre_hooks),
             _settings(m),
+            id(m.__dict__.get("forward")),
             *((id(t), t.data_ptr(), t.dtype) for t in m._parameters.values() if t is not None),
             *((id(t), t.data_ptr(), t.dtype) for t in m._buffers.values() if t is not None),
         )
@@ -132,9 +142,12 @@ def _devices(model: nn.Module) -> set[torch.device]:
     }
 
 
+_PLAIN = frozenset({bool, int, float, str})
+
+
 def _settings(module: nn.Module) -> tuple[Any, ...]:
     """A module's plain attributes: its mode, sizes, flags, factors."""
-    return tuple((k, v) for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)))
+    return tuple([v for v in module.__dict__.values() if type(v) in _PLAIN])
 
 
 def ambient_autocast(model: nn.Module) -> tuple[str, torch.dtype] | None:

@@ -8,7 +8,7 @@ first-order Taylor steps, whose remainder has no other formula, are booked by di
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +42,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Account:
-    """A ledger's figures: explained scalars ``[batch]``, relevance by input name ``[batch]``, entries."""
+    """Explained scalars ``[batch]`` and what was absorbed on the way to the inputs."""
 
     value: Tensor
-    inputs: Mapping[str, Tensor]
     entries: tuple[Entry, ...]
 
 
@@ -68,7 +67,6 @@ def account(
     read = [values[n] for n in seed.reads(outputs(graph))]
     score, *_ = seed.joint(*read, *operands)
     entries: dict[tuple[str, str, str], list[Tensor]] = {}
-    totals: dict[str, list[Tensor]] = {str(s.input.target): [] for s in sources}
     batch = score.shape[0]
     for sample in range(batch):
         seeds = _one(seed, read, operands, sample)
@@ -82,23 +80,12 @@ def account(
             if g is not None:
                 _accumulate(cotangents, node, g)
         _pull(graph, values, steps, dependent, cotangents, entries, sample)
-        for source in sources:
-            g = cotangents.get(source.node)
-            amount = (
-                dot(values[source.node], g).cpu() if g is not None else torch.zeros((), dtype=torch.float64)
-            )
-            found = totals[str(source.input.target)]
-            if len(found) <= sample:
-                found.append(amount)
-            else:
-                found[sample] = found[sample] + amount
     rows = tuple(
         Entry(node, path, cause, torch.stack(_padded(amounts, batch)))
         for (node, path, cause), amounts in entries.items()
     )
     return Account(
         score.double().cpu(),
-        {name: torch.stack(found) for name, found in totals.items()},
         tuple(row for row in rows if bool((row.amount != 0).any())),
     )
 

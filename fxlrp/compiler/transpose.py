@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import GraphError
-from ..rules import Structural, kind_of
+from ..rules import Structural
 from ..rules.base import Call
 from .activity import Source
 from .cleanup import clean
@@ -172,10 +172,9 @@ class _Transposition:
             if isinstance(value(node), Tensor) and isinstance(template.outputs[0], fx.Node):
                 known[template.outputs[0]] = forward
         seeds = self._cotangent_leaves(node)
-        if kind_of(rule_op(node).op) not in _ANY_STRIDES:
-            # PyTorch's derivatives make coefficients contiguous where their kernels need it; a template
-            # that was traced with contiguous ones has left that out.
-            seeds = [self.graph.call_function(torch.ops.aten.contiguous.default, (g,)) for g in seeds]
+        # PyTorch's derivatives make coefficients contiguous where their kernels need it; a template that was
+        # traced with contiguous ones has left that out. The clean-up drops those that nothing needs.
+        seeds = [self._aten(torch.ops.aten.contiguous.default, g) for g in seeds]
         before = set(known)
         flat, _ = tree(node)
         wanted = [outs + i for i in range(len(rule_op(node).active))]
@@ -215,7 +214,13 @@ class _Transposition:
     def _sum(self, first: Any, second: Any) -> Any:
         if first is None:
             return second
-        return self.graph.call_function(torch.ops.aten.add.Tensor, (first, second))
+        return self._aten(torch.ops.aten.add.Tensor, first, second)
+
+    def _aten(self, op: Any, *operands: Any) -> fx.Node:
+        """An op whose result looks like its first operand."""
+        made = self.graph.call_function(op, operands)
+        made.meta["val"] = value(operands[0])
+        return made
 
     def _mark(self, made: Any, node: fx.Node, prefix: str) -> None:
         for new in made:
@@ -265,7 +270,7 @@ class _Transposition:
                     source, self._call("tokens", _token_relevance, source.node, coefficient)
                 )
             if name in found:
-                relevance = self.graph.call_function(torch.ops.aten.add.Tensor, (found[name][0], relevance))
+                relevance = self._aten(torch.ops.aten.add.Tensor, found[name][0], relevance)
                 coefficient = found[name][1]
             found[name] = (relevance, coefficient)
         if not found:
@@ -324,8 +329,6 @@ class _Transposition:
         return self.templates.get(("ids", node.name), routed, [*(value(x) for x in operands), cotangent])
 
 
-#: Kinds of ops whose derivatives take coefficients of any strides.
-_ANY_STRIDES = frozenset({"add", "structural", "product", "matmul", "division", "activation"})
 _IDS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 

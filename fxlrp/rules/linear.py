@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .activation import op_name
 from .base import Call, Cotangent, Linearization, Rule, dot, vjp
 
 
@@ -17,6 +18,17 @@ def sigma(z: Tensor, epsilon: float) -> Tensor:
     """``|z| / (|z| + epsilon)``: what the stabiliser ``z + epsilon * sign(z)`` lets through, in [0, 1]."""
     magnitude = z.abs()
     return magnitude / (magnitude + epsilon)
+
+
+def _linear(call: Call) -> Linearization:
+    """``F.linear`` with constant weights: one matrix product back, whatever the strides."""
+    weight = call.args[1]
+
+    def pullback(cotangent: Cotangent) -> tuple[Tensor | None, ...]:
+        rows = torch.mm(cotangent.reshape(-1, cotangent.shape[-1]), weight)
+        return (rows.reshape(*cotangent.shape[:-1], weight.shape[-1]),)
+
+    return Linearization(call.run(), pullback)
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class Epsilon(Rule):
             raise ValueError(f"Epsilon(epsilon={self.epsilon}): epsilon must be 0 or more.")
 
     def linearize(self, call: Call) -> Linearization:
-        step = vjp(call)
+        step = _linear(call) if op_name(call.op) == "linear" and call.active == (0,) else vjp(call)
         if self.epsilon == 0:
             return step
         return Linearization(step.output, lambda cotangent: step.pullback(self._damp(step.output, cotangent)))

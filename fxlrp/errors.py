@@ -47,3 +47,9 @@ def place(module_path: str, source: str) -> str:
     """Where a node comes from, as far as the trace knows: ``module path (file:line)``."""
     known = [part for part in (module_path and f"module '{module_path}'", source) if part]
     return ", ".join(known) or "an unknown place"
+
+
+def first_line(error: BaseException) -> str:
+    """An error as one line: its class and the first line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .compiler.canonicalize import Canonical, canonicalize
-from .compiler.capture import TRACE, Captured, call_model, capture, compare, identifier, run_model
+from .compiler.capture import TRACE, Captured, capture, identifier
+from .compiler.faithful import call_model, compare, run_model
 from .compiler.graphs import outputs, placeholders, value
 from .compiler.inputs import (
     Bound,
@@ -275,7 +276,7 @@ class Explainer:
             captured = capture(self.model, bound, dynamic=dynamic)
             canonical = canonicalize(verify_functional(captured.graph))
         difference = compare(
-            Captured(canonical.graph, captured.outputs, captured.shapes, "", ()),
+            canonical.graph,
             bound,
             run_model(self.model, bound),
             floor=1e-6,
@@ -291,7 +292,7 @@ class Explainer:
         """
         ones = _ones(bound)
         if ones not in trace.verified:
-            if compare(trace.captured, bound, run_model(self.model, bound)) is not None:
+            if compare(trace.captured.graph, bound, run_model(self.model, bound)) is not None:
                 return False
             trace.verified.add(ones)
         return True

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..errors import CaptureError, InputError, StochasticModelError, place
+from ..errors import CaptureError, StochasticModelError, first_line, place
 from .control_flow import TakenBranches, has_control_flow
+from .faithful import compare, compare_gradients, run_model
 from .functional import functionalize, rewrite
-from .inputs import Bound, ambient_autocast, plain_region
+from .inputs import Bound, ambient_autocast
 from .outputs import Outputs, flatten_output
 from .provenance import module_path, source_line
 from .shapes import Shapes
@@ -70,11 +71,13 @@ def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True) -> Captured
             with _quiet():
                 captured = step()
                 verify_functional(captured.graph)
-                difference = compare(captured, bound, expected)
+                difference = compare(captured.graph, bound, expected) or compare_gradients(
+                    captured.graph, model, bound
+                )
         except StochasticModelError:
             raise
         except Exception as error:  # whatever the tracer raises, the next step may still succeed
-            reasons.append(f"{method}: {_first_line(error)}")
+            reasons.append(f"{method}: {first_line(error)}")
             continue
         if difference is None:
             return Captured(
@@ -91,70 +94,6 @@ def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True) -> Captured
         + "\nIf the model draws random numbers or keeps state between calls, switch that off; "
         "else please report this."
     )
-
-
-def run_model(model: nn.Module, bound: Bound) -> tuple[Tensor, ...]:
-    """The model's own output tensors; see :func:`call_model`."""
-    return flatten_output(call_model(model, bound))[0]
-
-
-def call_model(model: nn.Module, bound: Bound) -> Any:
-    """The model's own output, computed on copies of what it may write into: its inputs and buffers.
-
-    Raises:
-        InputError: the model itself fails on these inputs.
-    """
-    args, kwargs = bound.rebuild(tuple(t.clone() for t in bound.tensors))
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        # The fast path of torch's own encoder computes something else at padded positions.
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
-            return (
-                torch.func.functional_call(model, buffers, args, kwargs)
-                if buffers
-                else model(*args, **kwargs)
-            )
-    except Exception as error:
-        dtypes = ", ".join(f"{name}: {t.dtype} {tuple(t.shape)}" for name, t in bound.by_name.items())
-        hint = ""
-        if "indices" in str(error) and any(t.is_floating_point() for t in bound.tensors):
-            hint = (
-                " A float tensor was given where the model looks up integer ids; "
-                "embeddings go to another argument."
-            )
-        elif "dtype" in str(error):
-            hint = (
-                " Check the inputs' dtypes: ids are integers, pixels and embeddings have the weights' dtype."
-            )
-        raise InputError(
-            f"{type(model).__name__} itself fails on these inputs ({dtypes}): {_first_line(error)}.{hint}"
-        ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-def compare(captured: Captured, bound: Bound, expected: tuple[Tensor, ...], floor: float = 0.0) -> str | None:
-    """Why the captured graph does not reproduce the model's output, or None where it does.
-
-    ``floor`` is a relative difference that is let through whatever the dtype.
-    """
-    with plain_region():
-        actual = captured.graph(*bound.tensors)
-    if len(actual) != len(expected):
-        return f"{len(actual)} output tensors instead of {len(expected)}"
-    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        if a.shape != e.shape:
-            return f"output {i} has shape {tuple(a.shape)} instead of {tuple(e.shape)}"
-        if not e.is_floating_point():
-            continue
-        tolerance = max(floor, 1e3 * torch.finfo(e.dtype).eps)
-        gap = (a.double() - e.double()).nan_to_num(0.0, 0.0, 0.0).abs().max().item()
-        scale = e.double().nan_to_num(0.0, 0.0, 0.0).abs().max().item()
-        if gap > tolerance * max(scale, 1e-30):
-            return f"output {i} differs from the model's own by {gap:.2g} (largest value {scale:.2g})"
-    return None
 
 
 class _Flat(nn.Module):
@@ -364,8 +303,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]

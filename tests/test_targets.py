@@ -244,3 +244,31 @@ def test_a_target_function_that_fails_says_so(explainer: fxlrp.Explainer) -> Non
     ids, mask = models.token_batch(1, (7, 4), "right")
     with pytest.raises(fxlrp.TargetError, match=r"target function failed.*nowhere"):
         explainer(input_ids=ids, attention_mask=mask, target=lambda output: output.nowhere)
+
+
+class Hashed(nn.Module):
+    """Embeddings of hashed ids with an offset, and of shifted ids beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hashed, self.shifted, self.head = nn.Embedding(16, 8), nn.Embedding(32, 8), nn.Linear(16, 3)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hashed = self.hashed((input_ids + 1) * 31 % 16)
+        x = torch.cat([hashed, self.shifted(input_ids + torch.tensor([0, 10]).repeat(3))], -1)
+        return self.head(torch.tanh(x).sum(1))
+
+
+def test_ids_that_are_computed_with_are_explained_where_they_stood() -> None:
+    """Would break: no path through arithmetic on ids, or relevance scaled by the arithmetic's derivative."""
+    model, ids = Hashed().eval(), torch.randint(0, 20, (2, 6))
+    tables = {name: getattr(model, name).weight for name in ("hashed", "shifted")}
+    places = {"hashed": (ids + 1) * 31 % 16, "shifted": ids + torch.tensor([0, 10] * 3)}
+    looked_up = {name: tables[name][places[name]].detach().requires_grad_() for name in tables}
+    scores = model.head(torch.tanh(torch.cat([looked_up["hashed"], looked_up["shifted"]], -1)).sum(1))
+    gradients = torch.autograd.grad(scores.max(-1).values.sum(), list(looked_up.values()))
+    expected = sum((x * g).sum(-1) for x, g in zip(looked_up.values(), gradients, strict=True))
+    explanation = fxlrp.lrp_compile(model, "gradient")(ids)
+    torch.testing.assert_close(explanation.relevance, expected.detach())
+    assert fxlrp.lrp_compile(model)(ids).ledger.residual < 1e-5

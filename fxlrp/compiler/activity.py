@@ -81,6 +81,19 @@ _ID_PATH = (
     "expand_as",
     "copy",
 )
+#: Arithmetic on single ids by constants (offsets, hashes): another id, in the same place.
+_ID_ARITHMETIC = (
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "remainder",
+    "fmod",
+    "floor_divide",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_xor",
+)
 #: How an embedding may travel to the sum in which it meets others of its token.
 _SUM_PATH = (
     "add",
@@ -221,10 +234,35 @@ def _lookups(placeholder: fx.Node) -> list[Source]:
             if _is_lookup(user, node):
                 seen.add(user)
                 found.append(Source(placeholder, user, path))
-            elif is_op(user, *_ID_PATH) and not is_float(user) and user.args and node in leaves(user):
+            elif not is_float(user) and node in leaves(user) and _keeps_places(user, node, placeholder):
                 seen.add(user)
                 stack.append((user, (*path, user)))
     return found
+
+
+def _keeps_places(node: fx.Node, ids: fx.Node, placeholder: fx.Node) -> bool:
+    """Whether each id that a step gives comes from one place of the input."""
+    if not is_arithmetic(node):
+        return is_op(node, *_ID_PATH)
+    others = [leaf for leaf in leaves(node) if isinstance(leaf, fx.Node) and leaf is not ids]
+    return leaves(node).count(ids) == 1 and not any(_descends(other, placeholder) for other in others)
+
+
+def is_arithmetic(node: fx.Node) -> bool:
+    """Whether a step computes each id from one at its own place."""
+    return is_op(node, *_ID_ARITHMETIC)
+
+
+def _descends(node: fx.Node, ancestor: fx.Node) -> bool:
+    seen, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if current is ancestor:
+            return True
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return False
 
 
 def _is_lookup(node: fx.Node, ids: fx.Node) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from .activity import Dependence
+from .expand import expand
 from .graphs import copy_graph, is_float, is_op, outputs, propagate, value
 from .patterns import Match, Miss, is_gate_of, match_attention, match_norm, match_self_gate
 from .provenance import inherit
@@ -29,10 +30,11 @@ class Canonical:
 
 
 def canonicalize(module: fx.GraphModule) -> Canonical:
-    """Replace norms, attention and hand-written activations by their canonical ops."""
+    """Write out what is short for several ops; norms, attention, hand-written activations become one op."""
     new = copy_graph(module, "Canonical")
     _strip(new.graph)
     new = _widen(new)
+    expand(new)
     _reassociate(new.graph)
     dependence = Dependence.of(new)
     hits: dict[str, int] = {}

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ..errors import GraphError
 from ..rules import Structural
 from ..rules.base import Call
-from .activity import Source
+from .activity import Source, is_arithmetic
 from .cleanup import clean
 from .graphs import arg, fake_mode, is_op, outputs, tree, value
 from .rewrite import is_rule, rule_op
@@ -307,6 +307,8 @@ class _Transposition:
         dtype = next(value(s.node).dtype for s in self.sources if s.is_lookup)
 
         def routed(*arguments: Any) -> tuple[Any, ...]:
+            if is_arithmetic(node):
+                return (arguments[-1].sum_to_size(value(previous).shape),)
             given = iter(arguments[:-1])
             leaves: list[Any] = []
             position = 0

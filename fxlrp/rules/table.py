@@ -30,7 +30,7 @@ KINDS: Final = {
 }
 
 _LINEAR = """linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution addmm
-    addbmm baddbmm addmv embedding_bag grouped_mm grouped_mm_fallback batch_norm
+    addbmm addmv embedding_bag grouped_mm grouped_mm_fallback batch_norm
     native_batch_norm_legit_no_training cudnn_batch_norm"""
 _ADD = "add sub rsub subtract"
 _STRUCTURAL = """view reshape unsafe_view view_as reshape_as transpose permute t swapaxes movedim moveaxis
@@ -62,7 +62,7 @@ _NORM = "layer_norm rms_norm group_norm normalize normalize_divide"
 _GATE = """sigmoid softplus exp exp2 log_sigmoid hardsigmoid cos rsqrt sqrt reciprocal log log2 log10
     logsumexp log_softmax acos asin atan atan2 sinh cosh tan logit erfc erfinv linalg_vector_norm norm
     std var
-    var_mean std_mean cumprod linalg_norm atanh asinh acosh logaddexp cosine_similarity cdist
+    var_mean std_mean cumprod linalg_norm atanh asinh acosh logaddexp cdist
     threshold hypot prod"""
 _SELECTION = """max min maximum minimum amax amin topk sort median kthvalue max_pool1d max_pool2d max_pool3d
     adaptive_max_pool1d adaptive_max_pool2d max_pool2d_with_indices clamp clamp_min clamp_max clip fmax fmin

@@ -1,0 +1,69 @@
+"""Ops that are short for others: the same forward and gradient, with a rule for each part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxlrp
+
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+class Stepped(nn.Module):
+    """A step between two linear layers, with a constant that the step may use."""
+
+    def __init__(self, step: Step, width: int = 24) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.step, self.first, self.head = step, nn.Linear(6, 6), nn.Linear(width, 3)
+        self.constant = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.step(self.first(x), self.constant).flatten(1))
+
+
+STEPS: dict[str, tuple[Step, int, str]] = {
+    "glu": (lambda x, c: F.glu(x), 12, "sigmoid"),
+    "lerp": (lambda x, c: torch.lerp(x, c, 0.3), 24, "sub"),
+    "lerp between activations": (lambda x, c: torch.lerp(x, 2 * x.tanh(), c), 24, "sub"),
+    "addcmul": (lambda x, c: torch.addcmul(c, x, x.tanh(), value=2), 24, "mul"),
+    "addcdiv": (lambda x, c: torch.addcdiv(x, x.tanh(), c + 3), 24, "div"),
+    "baddbmm": (
+        lambda x, c: torch.baddbmm(x, x, x.transpose(1, 2) @ x, beta=2, alpha=0.5),
+        24,
+        "bmm",
+    ),
+    "instance_norm": (lambda x, c: F.instance_norm(x, weight=c[:, 0], bias=c[:, 1]), 24, "normalize"),
+    "cosine_similarity": (lambda x, c: F.cosine_similarity(x, x.tanh() + c, -1), 4, "normalize_divide"),
+}
+
+
+@pytest.mark.parametrize("name", list(STEPS))
+def test_each_part_has_its_rule(name: str) -> None:
+    """Would break: another value or gradient than the op's own, or an op left without a rule."""
+    step, width, part = STEPS[name]
+    model, x = Stepped(step, width).eval().double(), torch.randn(2, 4, 6, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    scores = model(leaf).max(-1).values
+    (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+    explainer = fxlrp.lrp_compile(model, "gradient")
+    found = explainer(x)
+    torch.testing.assert_close(found.value, scores.detach())
+    torch.testing.assert_close(found.relevance, x * gradient)
+    for composite in ("attnlrp", "cp", "ali"):
+        other = explainer.with_composite(composite)
+        assert other(x).ledger.residual < 1e-9
+        assert part in {row.op for row in other.plan}
+
+
+def test_what_no_input_reaches_stays_as_it_is() -> None:
+    """Would break: a table that is computed from weights alone is written out for nothing."""
+    model = Stepped(lambda x, c: x + torch.lerp(c, 2 * c, 0.3)).eval()
+    explainer = fxlrp.lrp_compile(model)
+    explainer(torch.randn(2, 4, 6))
+    assert any("lerp" in str(node.target) for node in explainer.rule_graph.graph.nodes)

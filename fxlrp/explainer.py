@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from .compiler.provenance import module_path, source_line
 from .compiler.seed import Seed, tensor_outputs
 from .compiler.shapes import Shapes
 from .compiler.verify import verify_functional
-from .errors import CaptureError, FxlrpError, InputError, NonFiniteError, TargetError, place
+from .errors import CaptureError, FxlrpError, InputError, NonFiniteError, TargetError, first_line, place
 from .explanation import Explanation, one_or_many
 from .ledger import Ledger
 from .rules import Composite, as_composite
@@ -214,9 +213,7 @@ class Explainer:
 
     def with_composite(self, composite: str | Composite) -> Explainer:
         """An explainer of the same model by other rules; what was traced already is not traced again."""
-        return dataclasses.replace(
-            self, composite=as_composite(composite), _programs={}, _function_traces={}, _last=None
-        )
+        return replace(self, composite=as_composite(composite), _programs={}, _function_traces={}, _last=None)
 
     # -- what a call has compiled ----------------------------------------------------------------------------
 
@@ -300,7 +297,23 @@ class Explainer:
     def _program(self, trace: _Trace, bound: Bound, target: Target) -> tuple[Program, Runner]:
         if isinstance(target, Function) and trace.captured.shapes.is_dynamic:
             trace = self._trace_for_function(trace, bound, target)
-        return self._built(trace, bound, target)
+        try:
+            return self._built(trace, bound, target)
+        except FxlrpError:
+            raise
+        except Exception as error:  # some derivatives of PyTorch's take no symbolic sizes
+            if not trace.captured.shapes.is_dynamic:
+                raise
+            note = f"not built for all sizes: {first_line(error)}"
+            return self._built(self._replaced(trace, bound, note), bound, target)
+
+    def _replaced(self, trace: _Trace, bound: Bound, note: str) -> _Trace:
+        """A trace of these sizes in place of a dynamic one."""
+        fixed = self._capture(bound, dynamic=False)
+        fixed = replace(fixed, captured=replace(fixed.captured, notes=(*fixed.captured.notes, note)))
+        for key, traces in self._traces.items():
+            self._traces[key] = [fixed if known is trace else known for known in traces]
+        return fixed
 
     def _built(self, trace: _Trace, bound: Bound, target: Target) -> tuple[Program, Runner]:
         rows, seed = self._seed(trace, bound, target)
@@ -473,8 +486,14 @@ class Explainer:
             found = account(
                 program.rule_graph, program.plan.sources, program.seed, (*bound.tensors, *operands)
             )
-            returned = {name: r.double().cpu().flatten(1).sum(1) for name, r in relevance.items()}
-            return Ledger(found.value, returned, found.entries)
+            batch = len(found.value)
+            if all(r.dim() and r.shape[0] == batch for r in relevance.values()):
+                returned = {name: r.double().cpu().flatten(1).sum(1) for name, r in relevance.items()}
+                return Ledger(found.value, returned, found.entries)
+            # Packed inputs (patches of all images in one row) have no batch: one account for all samples.
+            totals = {name: r.double().cpu().sum().reshape(1) for name, r in relevance.items()}
+            entries = tuple(replace(e, amount=e.amount.sum().reshape(1)) for e in found.entries)
+            return Ledger(found.value.sum().reshape(1), totals, entries)
 
     def _refuse_nonfinite(
         self, bound: Bound, program: Program, relevance: tuple[Tensor, ...], scalar: Tensor

@@ -16,6 +16,9 @@ from .compiler.ledger import Entry
 class Ledger:
     """Inputs + absorbed = the explained scalar, per sample; prints as a table.
 
+    Where an input has no batch dimension (patches of all images packed in one row), samples cannot be told
+    apart in it: the ledger then has one row, the sum over all samples.
+
     Attributes:
         value: the explained scalars ``[batch]``, float64.
         inputs: relevance of each explained input, ``[batch]`` each.

@@ -372,3 +372,31 @@ def test_a_function_with_another_backward_is_refused_and_one_with_its_derivative
     assert fxlrp.lrp_compile(WithFunction(True).eval(), "gradient")(x).ledger.residual < 1e-5
     with pytest.raises(fxlrp.CaptureError, match=r"autograd\.Function"):
         fxlrp.lrp_compile(WithFunction(False).eval(), "gradient")(x)
+
+
+class Experts(Block):
+    """A loop over the experts that were chosen, each on the rows that chose it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.first(x))
+        chosen = h.argmax(-1)
+        out = torch.zeros_like(h)
+        for expert in torch.unique(chosen):
+            (rows,) = torch.where(chosen == expert)
+            scaled = self.norm(h[rows]) * (expert + 1)
+            out = out.index_add(0, rows, scaled)
+        out[chosen == 0] = out[chosen == 0] * 2
+        return self.last(out + torch.masked_select(h, h > 0).sum())
+
+
+def test_what_the_data_choose_is_constant_in_a_trace() -> None:
+    """Would break: sizes that depend on data left in the graph, or fixed in one that serves other inputs."""
+    torch.manual_seed(0)
+    model = Experts().eval()
+    explainer = fxlrp.lrp_compile(model, "gradient")
+    for _ in range(2):
+        x = torch.randn(5, 6)
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(leaf).max(-1).values.sum(), leaf)
+        torch.testing.assert_close(explainer(x).relevance, x * gradient)
+    assert "trace of this input" in str(explainer.plan)

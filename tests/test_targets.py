@@ -272,3 +272,66 @@ def test_ids_that_are_computed_with_are_explained_where_they_stood() -> None:
     explanation = fxlrp.lrp_compile(model, "gradient")(ids)
     torch.testing.assert_close(explanation.relevance, expected.detach())
     assert fxlrp.lrp_compile(model)(ids).ledger.residual < 1e-5
+
+
+class Turned(nn.Module):
+    """Reads its own ids one place later, behind a start token, as decoders of classifiers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Embedding(20, 8), nn.Embedding(20, 8), nn.Linear(8, 3)
+
+    @staticmethod
+    def shift(input_ids: Tensor) -> Tensor:
+        shifted = input_ids.new_zeros(input_ids.shape)
+        shifted[:, 1:] = input_ids[:, :-1].clone()
+        shifted[:, 0] = 1
+        return shifted.masked_fill_(shifted == -100, 2)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        left, right = input_ids.chunk(2, 1)
+        ids = torch.cat([right, left], 1)
+        return self.head(torch.tanh(self.first(self.shift(input_ids)) + self.second(ids)).sum(1))
+
+
+def test_shifted_and_split_ids_are_explained_where_they_stood() -> None:
+    """Would break: a path through a tensor of which only the shape was read; half of a split lost."""
+    model, ids = Turned().eval(), torch.randint(3, 20, (2, 6))
+    first = model.first(model.shift(ids)).detach().requires_grad_()
+    second = model.second(ids.roll(3, 1)).detach().requires_grad_()
+    scores = model.head(torch.tanh(first + second).sum(1)).max(-1).values.sum()
+    moved, rolled = (
+        (x * g).sum(-1).detach()
+        for x, g in zip((first, second), torch.autograd.grad(scores, (first, second)), strict=True)
+    )
+    expected = nn.functional.pad(moved[:, 1:], (0, 1)) + rolled.roll(3, 1)
+    torch.testing.assert_close(fxlrp.lrp_compile(model, "gradient")(ids).relevance, expected)
+
+
+class Packed(nn.Module):
+    """Patches of all images in one row, as models for images of any size take them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.table, self.head = nn.Linear(6, 8), nn.Embedding(20, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, patches: Tensor) -> Tensor:
+        x = self.table(input_ids)
+        places = (input_ids == 0)[..., None].expand_as(x)
+        return self.head(torch.tanh(x.masked_scatter(places, self.embed(patches))).sum(1))
+
+
+@pytest.mark.parametrize("composite", ["gradient", "attnlrp"])
+def test_an_input_without_a_batch_has_one_account_for_all_samples(composite: str) -> None:
+    """Would break: relevance of packed patches taken for that of samples."""
+    model, ids = Packed().eval(), torch.tensor([[3, 0, 0, 5], [0, 4, 6, 0]])
+    patches = torch.randn(4, 6)
+    explanation = fxlrp.lrp_compile(model, composite)(ids, patches)
+    assert explanation.ledger.residual < 1e-5
+    assert explanation.ledger.value.shape == (1,)
+    if composite == "gradient":
+        leaf = patches.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(ids, leaf).max(-1).values.sum(), leaf)
+        torch.testing.assert_close(explanation.relevance["patches"], leaf.detach() * gradient)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import fx
 
-from .graphs import arg, is_float, is_op, leaves, placeholders, value
+from .graphs import is_float, is_op, leaves, placeholders, value
+from .ids import lookups
 
 #: Ops whose output is floating point but depends on the input's shape only or is piecewise constant.
 _STOPS = frozenset(
@@ -37,62 +38,6 @@ _STOPS = frozenset(
         "heaviside",
         "one_hot",
     ]
-)
-#: How an integer may travel from an input to the lookup that reads it without becoming something else.
-_ID_PATH = (
-    "view",
-    "reshape",
-    "unsafe_view",
-    "flatten",
-    "unsqueeze",
-    "squeeze",
-    "slice",
-    "select",
-    "narrow",
-    "expand",
-    "clone",
-    "contiguous",
-    "alias",
-    "to",
-    "to_copy",
-    "detach",
-    "masked_fill",
-    "where",
-    "cat",
-    "clamp",
-    "clamp_min",
-    "roll",
-    "flip",
-    "index_select",
-    "transpose",
-    "permute",
-    "pad",
-    "constant_pad_nd",
-    "slice_scatter",
-    "select_scatter",
-    "lift_fresh_copy",
-    "split",
-    "split_with_sizes",
-    "chunk",
-    "getitem",
-    "unbind",
-    "type_as",
-    "long",
-    "expand_as",
-    "copy",
-)
-#: Arithmetic on single ids by constants (offsets, hashes): another id, in the same place.
-_ID_ARITHMETIC = (
-    "add",
-    "sub",
-    "rsub",
-    "mul",
-    "remainder",
-    "fmod",
-    "floor_divide",
-    "bitwise_and",
-    "bitwise_or",
-    "bitwise_xor",
 )
 #: How an embedding may travel to the sum in which it meets others of its token.
 _SUM_PATH = (
@@ -121,7 +66,7 @@ class Source:
         input: the input's placeholder.
         node: the node whose value is explained: the placeholder of a float input, the embedding lookup of
             integer ids.
-        path: for a lookup, the integer nodes between the placeholder and the lookup, in order.
+        path: for a lookup, the nodes that hand ids on from the placeholder to it, in the graph's order.
     """
 
     input: fx.Node
@@ -160,7 +105,7 @@ def candidates(graph: fx.Graph) -> tuple[Source, ...]:
         if is_float(node):
             found.append(Source(node, node))
         else:
-            found.extend(_lookups(node))
+            found.extend(Source(node, lookup, path) for lookup, path in lookups(node))
     return tuple(found)
 
 
@@ -220,62 +165,6 @@ class Dependence:
     def entangled(self, first: fx.Node, second: fx.Node) -> bool:
         """Whether two nodes' data come from a common input."""
         return bool(self.sources_of(first) & self.sources_of(second))
-
-
-def _lookups(placeholder: fx.Node) -> list[Source]:
-    found: list[Source] = []
-    seen: set[fx.Node] = set()
-    stack: list[tuple[fx.Node, tuple[fx.Node, ...]]] = [(placeholder, ())]
-    while stack:
-        node, path = stack.pop()
-        for user in node.users:
-            if user in seen:
-                continue
-            if _is_lookup(user, node):
-                seen.add(user)
-                found.append(Source(placeholder, user, path))
-            elif not is_float(user) and node in leaves(user) and _keeps_places(user, node, placeholder):
-                seen.add(user)
-                stack.append((user, (*path, user)))
-    return found
-
-
-def _keeps_places(node: fx.Node, ids: fx.Node, placeholder: fx.Node) -> bool:
-    """Whether each id that a step gives comes from one place of the input."""
-    if not is_arithmetic(node):
-        return is_op(node, *_ID_PATH)
-    others = [leaf for leaf in leaves(node) if isinstance(leaf, fx.Node) and leaf is not ids]
-    return leaves(node).count(ids) == 1 and not any(_descends(other, placeholder) for other in others)
-
-
-def is_arithmetic(node: fx.Node) -> bool:
-    """Whether a step computes each id from one at its own place."""
-    return is_op(node, *_ID_ARITHMETIC)
-
-
-def _descends(node: fx.Node, ancestor: fx.Node) -> bool:
-    seen, stack = set(), [node]
-    while stack:
-        current = stack.pop()
-        if current is ancestor:
-            return True
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return False
-
-
-def _is_lookup(node: fx.Node, ids: fx.Node) -> bool:
-    if is_op(node, "embedding"):
-        return node.args[1] is ids
-    if (
-        is_op(node, "index", "index_select")
-        and getattr(node.args[0], "op", "") == "get_attr"
-        and is_float(node)
-    ):
-        indices = arg(node, 1) if is_op(node, "index") else (arg(node, 2),)
-        return len(indices) == 1 and indices[0] is ids
-    return False
 
 
 def _outranks(other: Source, source: Source) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import CaptureError, StochasticModelError, first_line, place
-from .control_flow import TakenBranches, has_control_flow
+from .control_flow import AsTheDataLead, depends_on_data
 from .faithful import compare, compare_gradients, run_model
 from .functional import functionalize, rewrite
 from .inputs import Bound, ambient_autocast
@@ -141,8 +141,8 @@ def _trace(model: nn.Module, bound: Bound) -> Captured:
     flat = _Flat(model, bound, found)
     with torch.enable_grad(), _without_autocast(model):
         traced = _trace_values(flat, bound.tensors)
-        if has_control_flow(traced):
-            traced = _trace_values(TakenBranches(traced).run, bound.tensors)
+        if depends_on_data(traced):
+            traced = _trace_values(AsTheDataLead(traced).run, bound.tensors)
         _refuse_random(traced)
         program = torch.export.export(_Positional(traced), bound.tensors, strict=False)
     graph = _unlift(functionalize(program), bound.names)

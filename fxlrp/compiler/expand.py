@@ -66,6 +66,12 @@ def _instance_norm(
     return result if bias is None else result + bias.view(shape)
 
 
+def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    mask, x = torch.broadcast_tensors(mask, x)
+    place = (mask.reshape(-1).long().cumsum(0) - 1).clamp_min(0)
+    return torch.where(mask, source.reshape(-1)[place].reshape(x.shape), x)
+
+
 def _cosine_similarity(first: Tensor, second: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     first = first / first.norm(dim=dim, keepdim=True).clamp_min(eps)
     second = second / second.norm(dim=dim, keepdim=True).clamp_min(eps)
@@ -80,6 +86,7 @@ EXPANSIONS: Final[dict[str, Callable[..., Tensor]]] = {
     "addcdiv": _addcdiv,
     "baddbmm": _baddbmm,
     "instance_norm": _instance_norm,
+    "masked_scatter": _masked_scatter,
     "cosine_similarity": _cosine_similarity,
 }
 

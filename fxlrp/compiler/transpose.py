@@ -12,11 +12,11 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import GraphError
-from ..rules import Structural
 from ..rules.base import Call
-from .activity import Source, is_arithmetic
+from .activity import Source
 from .cleanup import clean
-from .graphs import arg, fake_mode, is_op, outputs, tree, value
+from .graphs import arg, fake_mode, outputs, tree, value
+from .ids import route
 from .rewrite import is_rule, rule_op
 from .seed import Seed
 from .template import Templates
@@ -266,8 +266,9 @@ class _Transposition:
             if not source.is_lookup:
                 relevance = self._call("relevance", operator.mul, source.node, coefficient)
             else:
-                relevance = self._route(
-                    source, self._call("tokens", _token_relevance, source.node, coefficient)
+                tokens = self._call("tokens", _token_relevance, source.node, coefficient)
+                relevance = route(
+                    self.graph, source.node, source.path, source.input, tokens, self.values, self.templates
                 )
             if name in found:
                 relevance = self._aten(torch.ops.aten.add.Tensor, found[name][0], relevance)
@@ -282,56 +283,6 @@ class _Transposition:
         fake = value(node)
         template = self.templates.get(key, lambda v, g: (function(v, g),), [fake, fake])
         return template.inline(self.graph, [self.values[node], coefficient], [0])[0]
-
-    def _route(self, source: Source, relevance: Any) -> Any:
-        """Relevance of looked-up tokens back to the places that their ids have in the input."""
-        current = source.path[-1] if source.path else source.input
-        ids = source.node.args[1] if source.node.args[1] is current else current
-        relevance.meta.setdefault("val", value(ids))
-        for node in reversed(source.path):
-            previous = self._previous(source, node)
-            template = self._id_template(node, previous)
-            operands = [x for x in tree(node)[0] if isinstance(x, fx.Node)]
-            relevance = template.inline(self.graph, [*self._operands(operands), relevance], [0])[0]
-        return relevance
-
-    def _previous(self, source: Source, node: fx.Node) -> fx.Node:
-        index = source.path.index(node)
-        return source.path[index - 1] if index else source.input
-
-    def _id_template(self, node: fx.Node, previous: fx.Node) -> Any:
-        """The vjp of an integer step, taken as if ids were real numbers: it moves elements."""
-        flat, spec = tree(node)
-        operands = [x for x in flat if isinstance(x, fx.Node)]
-        op: Any = node.target
-        dtype = next(value(s.node).dtype for s in self.sources if s.is_lookup)
-
-        def routed(*arguments: Any) -> tuple[Any, ...]:
-            if is_arithmetic(node):
-                return (arguments[-1].sum_to_size(value(previous).shape),)
-            given = iter(arguments[:-1])
-            leaves: list[Any] = []
-            position = 0
-            for x in flat:
-                leaf = next(given) if isinstance(x, fx.Node) else x
-                if x is previous:
-                    position = len(leaves)
-                if (
-                    isinstance(leaf, Tensor) and leaf.dtype in _IDS and not is_op(node, "index_select")
-                ) or x is previous:
-                    leaf = leaf.to(dtype)
-                elif isinstance(x, torch.dtype):
-                    leaf = dtype
-                leaves.append(leaf)
-            args, kwargs = pytree.tree_unflatten(leaves, spec)
-            return Structural().linearize(Call(op, args, kwargs, (position,))).pullback(arguments[-1])
-
-        with self.templates.mode:
-            cotangent = torch.empty_like(value(node), dtype=dtype)
-        return self.templates.get(("ids", node.name), routed, [*(value(x) for x in operands), cotangent])
-
-
-_IDS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def _token_relevance(embedding: Tensor, coefficient: Tensor) -> Tensor:

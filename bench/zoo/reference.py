@@ -1,0 +1,169 @@
+"""Gradient x Input by autograd for any model of the zoo: what the ``gradient`` composite must equal.
+
+As :mod:`bench.reference`, but lookups are found wherever they are made, by modules or functions, on ids that
+were shifted, padded or transposed on the way: by the ids' values, which :mod:`.inputs` makes different.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from ..reference import logits_of, predicted
+
+#: A function of the output, or None for the predicted class at the last unpadded position.
+Target = Callable[[Any], Tensor] | None
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The largest entry of a field of the output, for models without ``logits``."""
+
+    name: str
+
+    def __call__(self, output: Any) -> Tensor:
+        largest: Tensor = getattr(output, self.name).flatten(1).max(-1).values
+        return largest
+
+
+def target_of(output: Any) -> Target:
+    """What to explain of an output.
+
+    Raises:
+        ValueError: there is no floating point tensor to explain.
+    """
+    if isinstance(output, Tensor):
+        return None
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return None if output.logits.dim() in (2, 3) else Largest("logits")
+    for name, value in output.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+            return Largest(name)
+    raise ValueError(f"{type(output).__name__} holds no tensor to explain")
+
+
+def scalar_of(output: Any, target: Target, inputs: Mapping[str, Any]) -> Tensor:
+    """The explained scalars ``[batch]``."""
+    if target is not None:
+        return target(output)
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    return predicted(logits_of(output), tensors)
+
+
+@dataclass(eq=False)
+class Reference:
+    """Gradient x Input of one call.
+
+    Attributes:
+        value: the explained scalars ``[batch]``.
+        relevance: by input name, for ids summed over the hidden size.
+        compared: which elements of it count: ids that occur once in their input.
+    """
+
+    value: Tensor
+    relevance: dict[str, Tensor]
+    compared: dict[str, Tensor]
+
+    def error(self, name: str, found: Tensor) -> float:
+        """The largest difference from an input's relevance, relative to its largest relevance."""
+        where, expected = self.compared[name], self.relevance[name]
+        if found.shape != expected.shape:
+            return float("inf")
+        gap, scale = (found - expected)[where].abs().max(), expected[where].abs().max()
+        return float(gap / scale.clamp_min(1e-30))
+
+
+def gradient_times_input(model: nn.Module, inputs: Mapping[str, Any], target: Target) -> Reference:
+    """Autograd's Gradient x Input of a call, at float inputs and at the lookups of ids."""
+    floats = {
+        name: x.clone().requires_grad_()
+        for name, x in inputs.items()
+        if isinstance(x, Tensor) and x.is_floating_point()
+    }
+    ids = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and _are_ids(name, x)}
+    lookups = _Lookups(ids)
+    # Handed on as copies: some models write into their inputs.
+    with torch.enable_grad(), lookups:
+        output = model(**{**inputs, **{name: x.clone() for name, x in floats.items()}})
+    with torch.enable_grad():
+        scalar = scalar_of(output, target, inputs)
+        leaves = [*floats.values(), *(lookup.output for lookup in lookups.found)]
+        # Ids that are hashed before they are looked up leave nothing to differentiate by.
+        gradients = torch.autograd.grad(scalar.sum(), leaves, allow_unused=True) if leaves else ()
+    products = [
+        torch.zeros_like(x) if g is None else (x * g).detach() for x, g in zip(leaves, gradients, strict=True)
+    ]
+    relevance = dict(zip(floats, products, strict=False))
+    for lookup, product in zip(lookups.found, products[len(floats) :], strict=True):
+        placed = lookup.placed(ids[lookup.name], product.sum(-1))
+        relevance[lookup.name] = relevance.get(lookup.name, torch.zeros_like(placed)) + placed
+    compared = {name: _once(ids[name]) if name in ids else slice(None) for name in relevance}
+    return Reference(scalar.detach(), relevance, compared)  # type: ignore[arg-type]
+
+
+def _are_ids(name: str, x: Tensor) -> bool:
+    return x.dtype == torch.long and (name.endswith("input_ids") or name == "inputs")
+
+
+def _once(ids: Tensor) -> Tensor:
+    """Where the ids are that occur only once: ``[batch, length]`` of truth values."""
+    values, counts = ids.unique(return_counts=True)
+    return torch.isin(ids, values[counts == 1])
+
+
+@dataclass(frozen=True, eq=False)
+class _Lookup:
+    """An embedding lookup of an input's ids: with which ids it was made, and what came out."""
+
+    name: str
+    ids: Tensor
+    output: Tensor
+
+    def placed(self, ids: Tensor, relevance: Tensor) -> Tensor:
+        """The lookup's relevance at the places that its ids have in the input."""
+        same = ids.reshape(-1, 1) == self.ids.reshape(1, -1)
+        return (same.to(relevance) @ relevance.reshape(-1, 1)).view(ids.shape)
+
+
+@dataclass(eq=False)
+class _Lookups(TorchFunctionMode):
+    """Catches lookups of the given ids in a table of weights."""
+
+    ids: dict[str, Tensor]
+    found: list[_Lookup] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        read = _read_ids(func, args, kwargs or {})
+        if read is None or not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        for name, ids in self.ids.items():
+            once = ids[_once(ids)]
+            if len(once) and float(torch.isin(once, read).float().mean()) >= 0.5:
+                leaf = output.detach().requires_grad_()
+                self.found.append(_Lookup(name, read, leaf))
+                return leaf.clone()
+        return output
+
+
+def _read_ids(func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """The ids that an op looks up in a table, None for all other ops."""
+    if func is F.embedding:
+        found = args[0] if args else kwargs["input"]
+    elif resolve_name(func) == "torch.Tensor.__getitem__" and isinstance(args[0], nn.Parameter):
+        found = args[1]
+    elif func in (torch.index_select, torch.Tensor.index_select) and isinstance(args[0], nn.Parameter):
+        found = kwargs.get("index", args[-1])
+    else:
+        return None
+    integer = isinstance(found, Tensor) and found.dtype in (torch.long, torch.int)
+    return found.contiguous() if integer else None

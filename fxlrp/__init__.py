@@ -14,7 +14,7 @@ from .errors import (
 from .explainer import Explainer, lrp_compile
 from .explanation import Explanation
 from .ledger import Ledger
-from .rules import PRESETS, Composite, name, op
+from .rules import PRESETS, Composite, name, op, register_rule
 from .targets import Function, Logit, LogitDifference, Predicted, Target
 
 #: The names that ``composite=`` takes.
@@ -45,4 +45,5 @@ __all__ = [
     "lrp_compile",
     "name",
     "op",
+    "register_rule",
 ]

@@ -29,13 +29,14 @@ def totals(results: Iterable[Result]) -> list[str]:
     results = list(results)
     pixels = [r for r in results if TASKS[r["task"]].inputs == "image-text"]
     others = [r for r in results if TASKS[r["task"]].inputs != "image-text"]
-    answered = [r for r in others if r["status"] == _EXPLAINED and r.get("generalises") is not None]
+    built = [r for r in results if TASKS[r["task"]].inputs == "text" and r["status"] != _NOT_BUILT]
+    answered = [r for r in built if r.get("generalises", False) is not None]  # None: the model itself does not
     seconds = [r["seconds"] for r in results if r["status"] == _EXPLAINED]
     lines = [
         f"text, image, audio, sequence to sequence: {_share(others, _is_explained)}",
         f"image and text by pixels: {_share(pixels, _is_explained)}",
         "text rows whose one graph answers other batch sizes and lengths: "
-        + _share(answered, lambda r: bool(r["generalises"])),
+        + _share(answered, lambda r: bool(r.get("generalises"))),
     ]
     if seconds:
         lines.append(f"median time to capture, plan and rewrite: {statistics.median(seconds):.1f} s")

@@ -24,6 +24,7 @@ from ..rules import (
     kind_of,
 )
 from ..rules.activation import op_name
+from ..rules.registry import qualified_name
 from .activity import Source, carries, reachable
 from .graphs import is_float, is_op, leaves, without_casts
 from .plan import Assignment, Plan
@@ -97,7 +98,7 @@ def _assignment(node: fx.Node, active: set[fx.Node], composite: Composite, *, st
     )
     path, name = module_path(node), op_name(node.target)
     kind = _kind(node, operands, positions, active)
-    explicit = composite.explicit(path) if kind is None else None
+    explicit = composite.explicit(path, node.target) if kind is None else None
     if explicit is not None:
         rule, reason = explicit
         return _row(node, "uncovered", rule, () if rule.freezes else positions, reason, path)
@@ -107,9 +108,11 @@ def _assignment(node: fx.Node, active: set[fx.Node], composite: Composite, *, st
         if strict:
             raise UncoveredOpError(
                 f"No rule covers '{name}' ({node.target}) in {place(path, source_line(node))}, and relevance "
-                "flows through it. Give it one: fxlrp.Composite([(fxlrp.name('…'), Taylor())]), add a row to "
-                "fxlrp/rules/table.py if the op is affine or has a closed form, or pass strict=False for a "
-                "first-order Taylor step whose remainder the ledger shows."
+                "flows through it. Give it one, for example:\n"
+                "    from fxlrp.rules import Taylor  # or a rule of your own: see docs/rules.md\n"
+                f"    fxlrp.register_rule('{qualified_name(node.target)}', Taylor())\n"
+                "    explainer = fxlrp.lrp_compile(model)\n"
+                "or pass strict=False for a first-order Taylor step whose remainder the ledger shows."
             )
         return _row(
             node,
@@ -119,7 +122,7 @@ def _assignment(node: fx.Node, active: set[fx.Node], composite: Composite, *, st
             "no rule covers it: first-order Taylor (strict=False)",
             path,
         )
-    rule, reason = composite.rule(kind, path)
+    rule, reason = composite.rule(kind, path, qualified_name(node.target))
     if kind in ("product", "matmul"):
         return _product(node, operands, positions, rule, reason, kind, composite, active, path)
     if isinstance(rule, (NormRule, Identity)) or kind in ("division", "attention"):

@@ -2,11 +2,12 @@
 
 from .activation import Identity
 from .attention import AttentionRule, FrozenAttention, GradientAttention
-from .base import Freeze, Gradient, Rule, Taylor, WinnerTakesAll
+from .base import Call, Freeze, Gradient, Linearization, Rule, Taylor, WinnerTakesAll, vjp
 from .composites import PRESETS, Composite, Selector, as_composite, name, op
 from .linear import Epsilon, Structural
 from .norm import NormRule
 from .product import FreezeDenominator, Uniform
+from .registry import register_rule
 from .softmax import SoftmaxTaylor
 from .table import KINDS, MULTILINEAR, OP_KINDS, kind_of
 
@@ -16,6 +17,7 @@ __all__ = [
     "OP_KINDS",
     "PRESETS",
     "AttentionRule",
+    "Call",
     "Composite",
     "Epsilon",
     "Freeze",
@@ -24,6 +26,7 @@ __all__ = [
     "Gradient",
     "GradientAttention",
     "Identity",
+    "Linearization",
     "NormRule",
     "Rule",
     "Selector",
@@ -36,4 +39,6 @@ __all__ = [
     "kind_of",
     "name",
     "op",
+    "register_rule",
+    "vjp",
 ]

@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from ..errors import CompositeError
 from .activation import Identity
@@ -14,31 +15,37 @@ from .base import Freeze, Gradient, Rule, Taylor, WinnerTakesAll
 from .linear import Epsilon, Structural
 from .norm import NormRule
 from .product import FreezeDenominator, Uniform
+from .registry import qualified_name, registered
 from .softmax import SoftmaxTaylor
 from .table import KINDS
 
 
 @dataclass(frozen=True)
 class Selector:
-    """Nodes by op kind, by module path (shell-style wildcards), or both; both must match."""
+    """Nodes by op kind, by module path (shell-style wildcards), by op; all that are given must match."""
 
     kind: str | None = None
     path: str | None = None
+    op: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
             raise CompositeError(f"There is no op kind {self.kind!r}. Kinds: {', '.join(KINDS)}.")
 
-    def matches(self, kind: str, module_path: str) -> bool:
-        """Whether a node of this kind in this module is meant."""
-        return (self.kind is None or self.kind == kind) and (
-            self.path is None or fnmatch.fnmatchcase(module_path, self.path)
+    def matches(self, kind: str, module_path: str, op: str = "") -> bool:
+        """Whether a node of this kind in this module, which calls this op, is meant."""
+        return (
+            (self.kind is None or self.kind == kind)
+            and (self.op is None or self.op == op)
+            and (self.path is None or fnmatch.fnmatchcase(module_path, self.path))
         )
 
 
 def op(kind: str) -> Selector:
-    """All nodes of an op kind: ``op("linear")``; the kinds are the keys of ``fxlrp.rules.KINDS``."""
-    return Selector(kind=kind)
+    """All nodes of an op kind, ``op("linear")``, or of one op by the name that ``torch.library`` has for it,
+    ``op("mylib::scan")``. The kinds are the keys of ``fxlrp.rules.KINDS``.
+    """
+    return Selector(op=kind) if "::" in kind else Selector(kind=kind)
 
 
 def name(pattern: str) -> Selector:
@@ -83,19 +90,23 @@ class Composite:
                     f"{', '.join(sorted(rule.kinds))}."
                 )
 
-    def rule(self, kind: str, module_path: str) -> tuple[Rule, str]:
+    def rule(self, kind: str, module_path: str, op: str = "") -> tuple[Rule, str]:
         """The rule for a node, and where it comes from."""
         for i, (selector, rule) in enumerate(self.entries):
-            if selector.matches(kind, module_path) and (rule.kinds is None or kind in rule.kinds):
+            if selector.matches(kind, module_path, op) and (rule.kinds is None or kind in rule.kinds):
                 return rule, f"entry {i} of the composite"
         return preset(self.base).rules[kind], f"{self.base}: {kind}"
 
-    def explicit(self, module_path: str) -> tuple[Rule, str] | None:
-        """The rule that an entry gives to an op without a kind: one by module path, of a rule for any op."""
+    def explicit(self, module_path: str, op: Any) -> tuple[Rule, str] | None:
+        """The rule of an op without a kind: that of an entry by module path or op whose rule takes any op, or
+        the one that was registered for it.
+        """
         for i, (selector, rule) in enumerate(self.entries):
-            if selector.kind is None and selector.matches("", module_path) and rule.kinds is None:
+            meant = selector.kind is None and selector.matches("", module_path, qualified_name(op))
+            if meant and (rule.kinds is None or selector.op is not None):
                 return rule, f"entry {i} of the composite"
-        return None
+        rule_of_op = None if self.allows_any_op else registered(op)
+        return None if rule_of_op is None else (rule_of_op, "registered for this op")
 
     @property
     def freezes_gates(self) -> bool:

@@ -148,11 +148,17 @@ class _Lookups(TorchFunctionMode):
             return output
         for name, ids in self.ids.items():
             once = ids[_once(ids)]
-            if len(once) and float(torch.isin(once, read).float().mean()) >= 0.5:
+            moved = len(once) and float(torch.isin(once, read).float().mean()) >= 0.5
+            if moved or _are_hashes(read, ids):
                 leaf = output.detach().requires_grad_()
-                self.found.append(_Lookup(name, read, leaf))
+                self.found.append(_Lookup(name, read if moved else ids, leaf))
                 return leaf.clone()
         return output
+
+
+def _are_hashes(read: Tensor, ids: Tensor) -> bool:
+    """Whether other numbers are read in the ids' places: hashes of them, and no positions or types."""
+    return read.shape == ids.shape and bool((read != read[:1]).any())
 
 
 def _read_ids(func: Any, args: Any, kwargs: Any) -> Tensor | None:

@@ -276,7 +276,7 @@ class Explainer:
             canonical.graph,
             bound,
             run_model(self.model, bound),
-            floor=1e-6,
+            floor=1e-4 if canonical.widened else 1e-6,
         )
         if difference is not None:
             raise CaptureError(f"Canonicalisation changed the model: {difference}. This is a bug of fxlrp.")

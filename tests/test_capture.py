@@ -370,7 +370,7 @@ def test_a_function_with_another_backward_is_refused_and_one_with_its_derivative
     """Would break: a straight-through estimator explained as the derivative of its forward, silently."""
     x = torch.randn(4, 6)
     assert fxlrp.lrp_compile(WithFunction(True).eval(), "gradient")(x).ledger.residual < 1e-5
-    with pytest.raises(fxlrp.CaptureError, match=r"autograd\.Function"):
+    with pytest.raises(fxlrp.CaptureError, match=r"autograd\.Function Straight"):
         fxlrp.lrp_compile(WithFunction(False).eval(), "gradient")(x)
 
 
@@ -400,3 +400,46 @@ def test_what_the_data_choose_is_constant_in_a_trace() -> None:
         (gradient,) = torch.autograd.grad(model(leaf).max(-1).values.sum(), leaf)
         torch.testing.assert_close(explainer(x).relevance, x * gradient)
     assert "trace of this input" in str(explainer.plan)
+
+
+class Ragged(Block):
+    """Splits by lengths that are data, and asks whether it is traced."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.kind == "counter":
+            self.calls = getattr(self, "calls", 0) + 1
+            h = h * self.calls
+        return self.last(h)
+
+
+def test_a_model_that_cannot_be_captured_is_told_why() -> None:
+    """Would break: a bare list of tracer errors."""
+    with pytest.raises(fxlrp.CaptureError) as caught:
+        fxlrp.lrp_compile(Ragged("counter").eval())(torch.randn(4, 6))
+    assert "because of an output that is not the model's" in str(caught.value)
+    assert "keeps state between calls" in str(caught.value)
+
+
+@torch.library.custom_op("fxlrp_tests::untraceable", mutates_args=())
+def untraceable(x: Tensor) -> Tensor:
+    return x * 2
+
+
+class Untraceable(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(untraceable(self.first(x)))
+
+
+def test_an_op_that_cannot_be_traced_is_named_with_its_line() -> None:
+    """Would break: the model's own line lost, the class of the cause unknown."""
+    with pytest.raises(fxlrp.CaptureError) as caught:
+        fxlrp.lrp_compile(Untraceable().eval())(torch.randn(4, 6))
+    message = str(caught.value)
+    assert "return self.last(untraceable(self.first(x)))" in message
+    assert "an op that PyTorch cannot trace" in message
+    assert "register_fake" in message

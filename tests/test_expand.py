@@ -67,3 +67,39 @@ def test_what_no_input_reaches_stays_as_it_is() -> None:
     explainer = fxlrp.lrp_compile(model)
     explainer(torch.randn(2, 4, 6))
     assert any("lerp" in str(node.target) for node in explainer.rule_graph.graph.nodes)
+
+
+class Biased(nn.Module):
+    """Attention whose bias is computed from what it attends to, fused or by hand."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fused = fused
+        self.qkv, self.bias, self.head = nn.Linear(8, 24), nn.Linear(8, 1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)
+        bias = self.bias(x).transpose(1, 2).unsqueeze(1).expand(-1, 1, x.shape[1], -1)
+        if self.fused:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            attended = torch.softmax((q * 8**-0.5) @ k.mT + bias, -1) @ v
+        return self.head(attended.squeeze(1).mean(1))
+
+
+@pytest.mark.parametrize("composite", ["gradient", "attnlrp", "cp", "ali"])
+def test_a_bias_computed_from_the_input_is_part_of_attention(composite: str) -> None:
+    """Would break: a mask taken for constant although the input moves it: a gradient with a part missing."""
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    found = {}
+    for fused in (True, False):
+        model = Biased(fused).eval().double()
+        explanation = fxlrp.lrp_compile(model, composite)(x)
+        assert explanation.ledger.residual < 1e-9
+        found[fused] = explanation.relevance
+    torch.testing.assert_close(found[True], found[False])
+    if composite == "gradient":
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(leaf).max(-1).values.sum(), leaf)
+        torch.testing.assert_close(found[True], x * gradient)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +118,7 @@ def _case(row: Row) -> _Case:
             calibrate(model, example.inputs)
             with torch.no_grad():
                 output = model(**example.inputs)
-                target = target_of(output)
+                target = target_of(output, _batch(example.inputs))
                 value = scalar_of(output, target, example.inputs)
                 again = scalar_of(model(**example.inputs), target, example.inputs)
             if not bool(torch.isfinite(value).all()):
@@ -131,6 +131,13 @@ def _case(row: Row) -> _Case:
         except Exception as error:  # the model's own, or ours above: the next inputs may do
             reasons.append(f"{example.name}: {type(error).__name__}: {first_line(error)}")
     raise NotBuilt(" | ".join(dict.fromkeys(reasons)) or "no inputs known")
+
+
+def _batch(inputs: Mapping[str, Any]) -> int:
+    """The number of samples; patches of images may be packed into one row, so ids count first."""
+    tensors = [x for x in inputs.values() if isinstance(x, Tensor)]
+    first = next((x for name, x in inputs.items() if name.endswith("input_ids")), tensors[0])
+    return int(first.shape[0])
 
 
 def _attempts(made: Iterator[Example], reasons: list[str]) -> Iterator[Example]:

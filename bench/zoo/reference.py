@@ -23,17 +23,19 @@ Target = Callable[[Any], Tensor] | None
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest entry of a field of the output, for models without ``logits``."""
+    """The largest entry of a field of the output, for models without ``logits`` for each sample."""
 
     name: str
+    batch: int | None = None
 
     def __call__(self, output: Any) -> Tensor:
-        largest: Tensor = getattr(output, self.name).flatten(1).max(-1).values
+        found = getattr(output, self.name)
+        largest: Tensor = found.reshape(self.batch or len(found), -1).max(-1).values
         return largest
 
 
-def target_of(output: Any) -> Target:
-    """What to explain of an output.
+def target_of(output: Any, batch: int) -> Target:
+    """What to explain of the output for a batch of this size.
 
     Raises:
         ValueError: there is no floating point tensor to explain.
@@ -41,6 +43,8 @@ def target_of(output: Any) -> Target:
     if isinstance(output, Tensor):
         return None
     if isinstance(getattr(output, "logits", None), Tensor):
+        if output.logits.shape[0] != batch:  # several streams of tokens for each sample
+            return Largest("logits", batch)
         return None if output.logits.dim() in (2, 3) else Largest("logits")
     for name, value in output.items():
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
@@ -64,19 +68,21 @@ class Reference:
         value: the explained scalars ``[batch]``.
         relevance: by input name, for ids summed over the hidden size.
         compared: which elements of it count: ids that occur once in their input.
+        scale: by input name the largest relevance of a place, its parts taken without sign: behind a
+            normalisation those of an embedding sum to nothing but rounding.
     """
 
     value: Tensor
     relevance: dict[str, Tensor]
     compared: dict[str, Tensor]
+    scale: dict[str, float]
 
     def error(self, name: str, found: Tensor) -> float:
-        """The largest difference from an input's relevance, relative to its largest relevance."""
+        """The largest difference from an input's relevance, relative to :attr:`scale`."""
         where, expected = self.compared[name], self.relevance[name]
         if found.shape != expected.shape:
             return float("inf")
-        gap, scale = (found - expected)[where].abs().max(), expected[where].abs().max()
-        return float(gap / scale.clamp_min(1e-30))
+        return float((found - expected)[where].abs().max()) / max(self.scale[name], 1e-30)
 
 
 def gradient_times_input(model: nn.Module, inputs: Mapping[str, Any], target: Target) -> Reference:
@@ -100,11 +106,13 @@ def gradient_times_input(model: nn.Module, inputs: Mapping[str, Any], target: Ta
         torch.zeros_like(x) if g is None else (x * g).detach() for x, g in zip(leaves, gradients, strict=True)
     ]
     relevance = dict(zip(floats, products, strict=False))
+    scale = {name: float(x.abs().max()) for name, x in relevance.items()}
     for lookup, product in zip(lookups.found, products[len(floats) :], strict=True):
+        scale[lookup.name] = max(scale.get(lookup.name, 0.0), float(product.abs().sum(-1).max()))
         placed = lookup.placed(ids[lookup.name], product.sum(-1))
         relevance[lookup.name] = relevance.get(lookup.name, torch.zeros_like(placed)) + placed
     compared = {name: _once(ids[name]) if name in ids else slice(None) for name in relevance}
-    return Reference(scalar.detach(), relevance, compared)  # type: ignore[arg-type]
+    return Reference(scalar.detach(), relevance, compared, scale)  # type: ignore[arg-type]
 
 
 def _are_ids(name: str, x: Tensor) -> bool:

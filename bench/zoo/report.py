@@ -30,7 +30,9 @@ def totals(results: Iterable[Result]) -> list[str]:
     pixels = [r for r in results if TASKS[r["task"]].inputs == "image-text"]
     others = [r for r in results if TASKS[r["task"]].inputs != "image-text"]
     built = [r for r in results if TASKS[r["task"]].inputs == "text" and r["status"] != _NOT_BUILT]
-    answered = [r for r in built if r.get("generalises", False) is not None]  # None: the model itself does not
+    answered = [
+        r for r in built if r.get("generalises", False) is not None
+    ]  # None: the model itself does not
     seconds = [r["seconds"] for r in results if r["status"] == _EXPLAINED]
     lines = [
         f"text, image, audio, sequence to sequence: {_share(others, _is_explained)}",

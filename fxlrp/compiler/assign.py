@@ -138,7 +138,7 @@ def _kept(kind: str, rule: Rule, positions: tuple[int, ...], node: fx.Node) -> t
     """Operands that a rule hands relevance to; the others count as constants."""
     if isinstance(rule, Gradient):
         return positions
-    if kind == "attention":  # the mask is no operand of the rules; canonicalisation keeps explained masks out
+    if kind == "attention":  # the mask is no operand of the rules; one that is computed is written out before
         return tuple(i for i in positions if i < 3)
     if kind in ("division", "norm", "activation"):
         return tuple(i for i in positions if i == 0)
@@ -200,11 +200,17 @@ def _kind(node: fx.Node, operands: list[Any], positions: tuple[int, ...], active
         return "attention_weights"
     if kind == "activation" and op_name(node.target) == "pow" and not _is_power(node):
         return _gate_kind(node, active)
+    if is_op(node, "scatter_reduce", "index_reduce"):
+        return {"sum": "structural", "mean": "structural", "prod": None}.get(_reduction(node), "selection")
     if kind == "activation" and op_name(node.target) == "hardtanh" and not _contains_zero(node):
         return "selection"
     if kind == "gate":
         return _gate_kind(node, active)
     return kind
+
+
+def _reduction(node: fx.Node) -> str:
+    return str(node.args[4] if len(node.args) > 4 else node.kwargs.get("reduce"))
 
 
 def _is_power(node: fx.Node) -> bool:

@@ -22,18 +22,21 @@ class Canonical:
         graph: the graph.
         hits: how often each pattern fired.
         misses: what almost matched, and why it did not.
+        widened: whether steps that the model takes in float32 are taken in its own float64.
     """
 
     graph: fx.GraphModule
     hits: dict[str, int]
     misses: tuple[str, ...]
+    widened: bool = False
 
 
 def canonicalize(module: fx.GraphModule) -> Canonical:
     """Write out what is short for several ops; norms, attention, hand-written activations become one op."""
     new = copy_graph(module, "Canonical")
     _strip(new.graph)
-    new = _widen(new)
+    wide = _widen(new)
+    widened, new = wide is not new, wide
     expand(new)
     _reassociate(new.graph)
     dependence = Dependence.of(new)
@@ -52,7 +55,7 @@ def canonicalize(module: fx.GraphModule) -> Canonical:
     new.graph.eliminate_dead_code()
     new.graph.lint()
     new.recompile()
-    return Canonical(new, hits, tuple(misses))
+    return Canonical(new, hits, tuple(misses), widened)
 
 
 def _strip(graph: fx.Graph) -> None:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..errors import CaptureError, StochasticModelError, first_line, place
+from ..errors import CaptureError, StochasticModelError, place
+from .causes import Failure, report
 from .control_flow import AsTheDataLead, depends_on_data
 from .faithful import compare, compare_gradients, run_model
 from .functional import functionalize, rewrite
@@ -60,7 +61,7 @@ def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True) -> Captured
     """
     _refuse_dropout(model)
     expected = run_model(model, bound)
-    reasons: list[str] = []
+    failures: list[Failure] = []
     steps: list[tuple[str, Callable[[], Captured]]] = [
         (DYNAMIC, lambda: _export(model, bound, dynamic=True)),
         (STATIC, lambda: _export(model, bound, dynamic=False)),
@@ -77,7 +78,7 @@ def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True) -> Captured
         except StochasticModelError:
             raise
         except Exception as error:  # whatever the tracer raises, the next step may still succeed
-            reasons.append(f"{method}: {first_line(error)}")
+            failures.append(Failure.of(method, error))
             continue
         if difference is None:
             return Captured(
@@ -85,15 +86,10 @@ def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True) -> Captured
                 captured.outputs,
                 captured.shapes,
                 captured.method,
-                (*captured.notes, *(f"not captured by {reason}" for reason in reasons)),
+                (*captured.notes, *(f"not captured by {failure}" for failure in failures)),
             )
-        reasons.append(f"{method}: {difference}")
-    raise CaptureError(
-        f"{type(model).__name__} could not be captured as a graph:\n  "
-        + "\n  ".join(reasons)
-        + "\nIf the model draws random numbers or keeps state between calls, switch that off; "
-        "else please report this."
-    )
+        failures.append(Failure.because(method, difference))
+    raise CaptureError(report(type(model).__name__, failures))
 
 
 class _Flat(nn.Module):

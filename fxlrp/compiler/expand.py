@@ -72,6 +72,24 @@ def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     return torch.where(mask, source.reshape(-1)[place].reshape(x.shape), x)
 
 
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+    return torch.softmax(scores + attn_mask, -1) @ value
+
+
 def _cosine_similarity(first: Tensor, second: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     first = first / first.norm(dim=dim, keepdim=True).clamp_min(eps)
     second = second / second.norm(dim=dim, keepdim=True).clamp_min(eps)
@@ -87,6 +105,7 @@ EXPANSIONS: Final[dict[str, Callable[..., Tensor]]] = {
     "baddbmm": _baddbmm,
     "instance_norm": _instance_norm,
     "masked_scatter": _masked_scatter,
+    "scaled_dot_product_attention": _attention,
     "cosine_similarity": _cosine_similarity,
 }
 
@@ -97,13 +116,23 @@ def expand(module: fx.GraphModule) -> None:
     wanted = [
         node
         for node in module.graph.nodes
-        if node.op == "call_function" and op_name(node.target) in EXPANSIONS and dependence.sources_of(node)
+        if node.op == "call_function"
+        and op_name(node.target) in EXPANSIONS
+        and dependence.sources_of(node)
+        and (op_name(node.target) != "scaled_dot_product_attention" or _is_biased(node, dependence))
     ]
     if not wanted:
         return
     templates = Templates(fake_mode(module.graph))
     for node in wanted:
         _replace(node, templates)
+
+
+def _is_biased(node: fx.Node, dependence: Dependence) -> bool:
+    """Whether attention's mask is computed from what its operands are, and so has relevance of its own."""
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    operands = [x for x in node.args[:3] if isinstance(x, fx.Node)]
+    return isinstance(mask, fx.Node) and any(dependence.entangled(mask, x) for x in operands)
 
 
 def _replace(node: fx.Node, templates: Templates) -> None:

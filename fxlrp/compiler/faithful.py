@@ -103,7 +103,7 @@ def compare_gradients(graph: fx.GraphModule, model: nn.Module, bound: Bound) -> 
     floats = [i for i, node in enumerate(placeholders(graph.graph)) if is_float(node)]
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            expected = _model_gradient(model, bound, floats, list(tables.values()))
+            expected, functions = _model_gradient(model, bound, floats, list(tables.values()))
     except Exception:  # the model's own autograd fails: there is nothing to compare with
         return None
     with plain_region(), torch.enable_grad():
@@ -112,20 +112,36 @@ def compare_gradients(graph: fx.GraphModule, model: nn.Module, bound: Bound) -> 
     for label, a, e in zip(labels, actual, expected, strict=True):
         gap, scale = float((a - e).abs().max()), float(e.abs().max())
         if gap > _GRADIENT_TOLERANCE[8 * e.dtype.itemsize if not e.is_complex() else 32] * max(scale, 1e-20):
+            named = ", ".join(f"autograd.Function {name}" for name in functions)
             return (
                 f"its gradient with respect to '{label}' differs from the model's own by {gap:.2g} "
-                f"(largest value {scale:.2g}), as with an autograd.Function that has a backward of its own"
+                f"(largest value {scale:.2g})" + (f", which passes through {named}" if named else "")
             )
     return None
 
 
 def _model_gradient(
     model: nn.Module, bound: Bound, floats: Sequence[int], tables: Sequence[str]
-) -> list[Tensor]:
+) -> tuple[list[Tensor], list[str]]:
+    """The gradients, and the names of the ``autograd.Function`` classes that they pass through."""
     tensors, leaves = _leaves(bound, floats)
     weights = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if name in tables}
     result, _ = flatten_output(_call(model, bound, tensors, weights))
-    return _gradient(result, [*leaves, *(weights[name] for name in tables)])
+    functions = sorted({name for output in result for name in _functions(output.grad_fn)})
+    return _gradient(result, [*leaves, *(weights[name] for name in tables)]), functions
+
+
+def _functions(last: Any) -> set[str]:
+    found, seen, stack = set(), set(), [last]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack.extend(next_node for next_node, _ in node.next_functions)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            found.add(type(node).__name__.removesuffix("Backward"))
+    return found
 
 
 def _graph_gradient(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..rules import Structural
 from ..rules.activation import op_name
 from ..rules.base import Call
 from .graphs import arg, is_float, is_op, leaves, tree, value
-from .template import Template, Templates
+from .template import Templates
 
 #: Steps that put ids elsewhere, with the operands that hand them on: their places among the positional
 #: arguments, None for all.
@@ -47,15 +47,19 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 def lookups(placeholder: fx.Node) -> list[tuple[fx.Node, tuple[fx.Node, ...]]]:
     """The embedding lookups that read an input's ids, each with the nodes that hand the ids on to it."""
     reached: dict[fx.Node, list[fx.Node]] = {placeholder: []}
+    computed = {placeholder}
     found: list[tuple[fx.Node, fx.Node]] = []
     for node in placeholder.graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or computed.isdisjoint(node.all_input_nodes):
             continue
+        computed.add(node)
         ids = _read_by(node)
         if ids in reached:
             found.append((node, ids))
-        arrived = [operand for operand in _handed_on(node) if operand in reached]
-        if arrived and not (is_op(node, *_ARITHMETIC) and len(arrived) > 1):
+        operands = _handed_on(node)
+        arrived = [operand for operand in operands if operand in reached]
+        # Arithmetic on two numbers that both come from the input is no id of one place: a running count.
+        if arrived and not (is_op(node, *_ARITHMETIC) and len(computed.intersection(operands)) > 1):
             reached[node] = arrived
     return [(node, _between(reached, ids)) for node, ids in found]
 
@@ -107,7 +111,7 @@ def route(
     values: Mapping[fx.Node, Any],
     templates: Templates,
 ) -> Any:
-    """Relevance of looked-up tokens at the places that their ids have in the input.
+    """Emit the way back of looked-up tokens' relevance to the places that their ids have in the input.
 
     Args:
         graph: the relevance graph under construction.
@@ -118,22 +122,54 @@ def route(
         values: what stands for the nodes of the captured graph.
         templates: where vjps are traced.
     """
-    last = _read_by(lookup)
-    relevance.meta.setdefault("val", value(last))
     dtype = value(lookup).dtype
-    arrived: dict[fx.Node, fx.Node] = {last: relevance}
+    relevance.meta.setdefault("val", value(_read_by(lookup)))
+
+    def back(node: fx.Node, operand: fx.Node, coefficient: Any) -> Any:
+        with templates.mode:
+            like = torch.empty_like(value(node), dtype=dtype)
+        fakes = [*(value(x) for x in _operands(node)), like]
+        key = ("ids", node.name, operand.name)
+        template = templates.get(key, lambda *given: (_back(node, operand, given),), fakes)
+        return template.inline(graph, [*(values[x] for x in _operands(node)), coefficient], [0])[0]
+
+    def add(first: Any, second: Any) -> Any:
+        return graph.call_function(torch.ops.aten.add.Tensor, (first, second))
+
+    return _walk(lookup, path, source, relevance, back, add)
+
+
+def arriving(
+    lookup: fx.Node,
+    path: tuple[fx.Node, ...],
+    source: fx.Node,
+    relevance: Tensor,
+    values: Mapping[fx.Node, Any],
+) -> Tensor | None:
+    """The same on real tensors: relevance at the input's places; None where no id of the input is read."""
+
+    def back(node: fx.Node, operand: fx.Node, coefficient: Tensor) -> Tensor | None:
+        return _back(node, operand, [*(values[x] for x in _operands(node)), coefficient])
+
+    found: Tensor | None = _walk(lookup, path, source, relevance, back, operator.add)
+    return found
+
+
+def _walk(
+    lookup: fx.Node,
+    path: tuple[fx.Node, ...],
+    source: fx.Node,
+    relevance: Any,
+    back: Callable[[fx.Node, fx.Node, Any], Any],
+    add: Callable[[Any, Any], Any],
+) -> Any:
+    arrived: dict[fx.Node, Any] = {_read_by(lookup): relevance}
     for node in reversed(path):
         for operand in dict.fromkeys(_handed_on(node)) if node in arrived else ():
-            if operand is not source and operand not in path:
-                continue
-            template = _back(node, operand, dtype, templates)
-            operands = [values[x] for x in _operands(node)]
-            (part,) = template.inline(graph, [*operands, arrived[node]], [0])
-            if part is not None and operand in arrived:
-                part = graph.call_function(torch.ops.aten.add.Tensor, (arrived[operand], part))
+            part = back(node, operand, arrived[node]) if operand is source or operand in path else None
             if part is not None:
-                arrived[operand] = part
-    return arrived[source]
+                arrived[operand] = add(arrived[operand], part) if operand in arrived else part
+    return arrived.get(source)
 
 
 def _whole(node: fx.Node) -> fx.Node:
@@ -145,34 +181,30 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return [leaf for leaf in leaves(_whole(node)) if isinstance(leaf, fx.Node)]
 
 
-def _back(node: fx.Node, operand: fx.Node, dtype: torch.dtype, templates: Templates) -> Template:
+def _back(node: fx.Node, operand: fx.Node, given: Sequence[Any]) -> Tensor | None:
     """The vjp of a step on ids with respect to one operand, taken as if ids were real numbers: it moves
-    elements. Arithmetic changes an id and not its place.
+    elements. Arithmetic changes an id and not its place. ``given``: the step's operands, the coefficient.
     """
     step = _whole(node)
     flat, spec = tree(step)
     at = flat.index(operand)
+    *operands, coefficient = given
+    if is_op(node, *_ARITHMETIC):
+        return coefficient.sum_to_size(operands[_operands(node).index(operand)].shape)  # type: ignore[no-any-return]
 
     def run(*args: Any, **kwargs: Any) -> Any:
         op: Any = step.target
         result = op(*args, **kwargs)
         return result if step is node else result[node.args[1]]
 
-    def back(*arguments: Any) -> tuple[Any, ...]:
-        if is_op(node, *_ARITHMETIC):
-            return (arguments[-1].sum_to_size(value(operand).shape),)
-        given = iter(arguments[:-1])
-        found: list[Any] = [next(given) if isinstance(x, fx.Node) else x for x in flat]
-        for i, leaf in enumerate(found):
-            if i == at or (
-                isinstance(leaf, Tensor) and leaf.dtype in _INTEGERS and not is_op(step, "index_select")
-            ):
-                found[i] = leaf.to(dtype)
-            elif isinstance(leaf, torch.dtype):
-                found[i] = dtype
-        args, kwargs = pytree.tree_unflatten(found, spec)
-        return Structural().linearize(Call(run, args, kwargs, (at,))).pullback(arguments[-1])
-
-    with templates.mode:
-        cotangent = torch.empty_like(value(node), dtype=dtype)
-    return templates.get(("ids", node.name, at), back, [*(value(x) for x in _operands(node)), cotangent])
+    following = iter(operands)
+    found: list[Any] = [next(following) if isinstance(x, fx.Node) else x for x in flat]
+    for i, leaf in enumerate(found):
+        if i == at or (
+            isinstance(leaf, Tensor) and leaf.dtype in _INTEGERS and not is_op(step, "index_select")
+        ):
+            found[i] = leaf.to(coefficient.dtype)
+        elif isinstance(leaf, torch.dtype):
+            found[i] = coefficient.dtype
+    args, kwargs = pytree.tree_unflatten(found, spec)
+    return Structural().linearize(Call(run, args, kwargs, (at,))).pullback(coefficient)[0]

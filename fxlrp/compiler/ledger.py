@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from ..rules.base import Linearization, dot
 from .activity import Source, reachable
 from .graphs import arg, is_float, leaves, outputs
+from .ids import arriving
 from .provenance import module_path
 from .rewrite import is_rule, rule_op
 from .seed import Seed
@@ -80,6 +81,10 @@ def account(
             if g is not None:
                 _accumulate(cotangents, node, g)
         _pull(graph, values, steps, dependent, cotangents, entries, sample)
+        for source in sources:
+            if source.is_lookup and source.path and source.node in cotangents:
+                amount = _looked_up_elsewhere(source, values, cotangents[source.node])
+                _book(entries, (source.node.name, module_path(source.node), "constant"), amount.cpu(), sample)
     rows = tuple(
         Entry(node, path, cause, torch.stack(_padded(amounts, batch)))
         for (node, path, cause), amounts in entries.items()
@@ -143,6 +148,13 @@ def _pull(
         for i, g in zip(target.active, coefficients, strict=True):
             if g is not None:
                 _accumulate(cotangents, operands[i], g)
+
+
+def _looked_up_elsewhere(source: Source, values: dict[fx.Node, Any], cotangent: Tensor) -> Tensor:
+    """Relevance of looked-up tokens whose ids are not the input's: prompts, start tokens, padding."""
+    tokens: Tensor = (values[source.node].double() * cotangent.double()).sum(-1)
+    arrived = arriving(source.node, source.path, source.input, tokens, values)
+    return tokens.sum() if arrived is None else tokens.sum() - arrived.sum()
 
 
 def _reads_frozen(node: fx.Node, dependent: set[fx.Node]) -> bool:

@@ -38,8 +38,8 @@ _STRUCTURAL = """view reshape unsafe_view view_as reshape_as transpose permute t
     split_with_sizes chunk tensor_split unbind cat concat concatenate stack flatten unflatten repeat
     repeat_interleave tile roll flip gather index index_select take take_along_dim index_put index_add
     index_copy index_fill scatter scatter_add scatter_reduce select_scatter slice_scatter diagonal diag_embed
-    as_strided pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d masked_fill
-    masked_scatter masked_select where tril triu sum mean cumsum neg negative dropout feature_dropout
+    as_strided pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
+    masked_fill masked_scatter masked_select where tril triu sum mean cumsum neg negative dropout feature_dropout
     alpha_dropout view_as_real view_as_complex real imag complex conj resolve_conj unfold im2col col2im
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
     upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_bicubic2d_aa

@@ -36,21 +36,20 @@ _ADD = "add sub rsub subtract"
 _STRUCTURAL = """view reshape unsafe_view view_as reshape_as transpose permute t swapaxes movedim moveaxis
     unsqueeze squeeze expand expand_as contiguous clone alias to to_copy type_as slice select narrow split
     split_with_sizes chunk tensor_split unbind cat concat concatenate stack flatten unflatten repeat
-    repeat_interleave tile roll flip gather index index_select take take_along_dim index_put index_add
-    index_copy index_fill scatter scatter_add scatter_reduce select_scatter slice_scatter diagonal diag_embed
-    as_strided pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
-    masked_fill masked_scatter masked_select where tril triu sum mean cumsum neg negative dropout feature_dropout
-    alpha_dropout view_as_real view_as_complex real imag complex conj resolve_conj unfold im2col col2im
-    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-    upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_bicubic2d_aa
-    upsample_bilinear2d_aa
-    upsample_trilinear3d upsample_nearest3d upsample_nearest_exact1d upsample_nearest_exact2d
-    upsample_nearest_exact3d upsample_linear1d
-    pixel_shuffle pixel_unshuffle channel_shuffle fft_fft fft_ifft fft_fftn fft_ifftn fft_rfft fft_irfft
-    copy
-    lift_fresh_copy broadcast_to getitem segment_reduce trace rot90 positive select_rows last_row diff
-    atleast_1d atleast_2d atleast_3d hstack vstack dstack nan_to_num ravel zero fill numpy_T mT mH adjoint
-    matrix_H rad2deg"""
+    repeat_interleave tile roll flip gather index index_select take take_along_dim index_put
+    index_add index_copy index_fill scatter scatter_add scatter_reduce select_scatter slice_scatter
+    diagonal diag_embed as_strided pad constant_pad_nd reflection_pad1d reflection_pad2d
+    replication_pad1d replication_pad2d masked_fill masked_scatter masked_select where tril triu sum
+    mean cumsum neg negative dropout feature_dropout alpha_dropout view_as_real view_as_complex real
+    imag complex conj resolve_conj unfold im2col col2im avg_pool1d avg_pool2d avg_pool3d
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest1d
+    upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_bicubic2d_aa
+    upsample_bilinear2d_aa upsample_trilinear3d upsample_nearest3d upsample_nearest_exact1d
+    upsample_nearest_exact2d upsample_nearest_exact3d upsample_linear1d pixel_shuffle
+    pixel_unshuffle channel_shuffle fft_fft fft_ifft fft_fftn fft_ifftn fft_rfft fft_irfft copy
+    lift_fresh_copy broadcast_to getitem segment_reduce trace rot90 positive select_rows last_row
+    diff atleast_1d atleast_2d atleast_3d hstack vstack dstack nan_to_num ravel zero fill numpy_T mT
+    mH adjoint matrix_H rad2deg"""
 _PRODUCT = "mul multiply"
 _MATMUL = """matmul mm bmm mv dot einsum bilinear outer ger inner cross linalg_cross tensordot
     chain_matmul linalg_multi_dot kron"""

@@ -103,3 +103,31 @@ def test_a_bias_computed_from_the_input_is_part_of_attention(composite: str) -> 
         leaf = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(model(leaf).max(-1).values.sum(), leaf)
         torch.testing.assert_close(found[True], x * gradient)
+
+
+def test_a_mask_given_as_an_input_explains_nothing() -> None:
+    """Would break: from the second layer on, such a mask is taken for computed, and -inf becomes NaN."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x, mask = torch.randn(2, 5, 8), nn.Transformer.generate_square_subsequent_mask(5)
+
+    def score(output: Tensor) -> Tensor:
+        return output[:, -1].square().sum(-1)
+
+    explainer = fxlrp.lrp_compile(model, "gradient")
+    found = explainer(x, mask=mask, target=score)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(score(model(leaf, mask=mask)).sum(), leaf)
+    torch.testing.assert_close(found.relevance, x * gradient, rtol=1e-4, atol=1e-5)
+    attnlrp = explainer.with_composite("attnlrp")
+    assert attnlrp(x, mask=mask, target=score).ledger.residual < 1e-4
+    assert [row.op for row in attnlrp.plan].count("attention") == 2
+
+
+def test_cosine_similarity_of_other_ranks() -> None:
+    model = Stepped(lambda x, c: F.cosine_similarity(c[0], x, dim=2), 4).eval()
+    x = torch.randn(2, 4, 6)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(leaf).max(-1).values.sum(), leaf)
+    torch.testing.assert_close(fxlrp.lrp_compile(model, "gradient")(x).relevance, x * gradient)

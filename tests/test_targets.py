@@ -335,3 +335,25 @@ def test_an_input_without_a_batch_has_one_account_for_all_samples(composite: str
         leaf = patches.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(model(ids, leaf).max(-1).values.sum(), leaf)
         torch.testing.assert_close(explanation.relevance["patches"], leaf.detach() * gradient)
+
+
+class TwoIds(nn.Module):
+    """One lookup of two inputs' ids, one after the other; and a weight that is called as an input is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+        self.scale = nn.Parameter(torch.randn(8))
+
+    def forward(self, first: Tensor, second: Tensor, scale: Tensor) -> Tensor:
+        x = self.table(torch.cat([first, second], 1)) * self.scale
+        return self.head(torch.tanh(x).sum(1) * scale)
+
+
+def test_a_lookup_of_two_inputs_and_a_weight_named_as_an_input() -> None:
+    """Would break: the other input's tokens booked as constants; an input overwritten by a weight."""
+    model, first, second = TwoIds().eval(), torch.randint(0, 20, (2, 3)), torch.randint(0, 20, (2, 4))
+    explanation = fxlrp.lrp_compile(model)(first, second, torch.rand(2, 8))
+    assert set(explanation.relevance) == {"first", "second", "scale"}
+    assert explanation.ledger.residual < 1e-5

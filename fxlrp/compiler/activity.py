@@ -117,17 +117,22 @@ def explained(module: fx.GraphModule, targets: Sequence[fx.Node]) -> tuple[Sourc
     embeddings.
     """
     graph = module.graph
-    edges = float_edges(graph)
-    for node in graph.nodes:
-        if is_op(node, "attention", "scaled_dot_product_attention") and len(node.args) > 3:
-            mask = node.args[3]
-            if isinstance(mask, fx.Node) and edges.has_edge(mask, node) and mask not in node.args[:3]:
-                edges.remove_edge(mask, node)
+    edges = _without_masks(float_edges(graph), graph)
     useful = (
         set(targets).union(*(nx.ancestors(edges, t) for t in targets if t in edges)) if targets else set()
     )
     sources = [s for s in candidates(graph) if s.node in useful]
     return tuple(s for s in sources if not any(_outranks(other, s) for other in sources))
+
+
+def _without_masks(edges: nx.DiGraph, graph: fx.Graph) -> nx.DiGraph:
+    """The edges less those from a mask to its attention: a mask given as an input explains nothing."""
+    for node in graph.nodes:
+        if is_op(node, "attention", "scaled_dot_product_attention"):
+            mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+            if isinstance(mask, fx.Node) and edges.has_edge(mask, node) and mask not in node.args[:3]:
+                edges.remove_edge(mask, node)
+    return edges
 
 
 def reachable(
@@ -151,7 +156,7 @@ class Dependence:
     @staticmethod
     def of(module: fx.GraphModule) -> Dependence:
         """For all nodes of a graph."""
-        edges = float_edges(module.graph)
+        edges = _without_masks(float_edges(module.graph), module.graph)
         reached: dict[fx.Node, set[fx.Node]] = {}
         for source in candidates(module.graph):
             for node in {source.node} | nx.descendants(edges, source.node):

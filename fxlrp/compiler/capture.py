@@ -203,14 +203,17 @@ def _unlift(program: torch.export.ExportedProgram, names: tuple[str, ...]) -> fx
     mutated = len(signature.buffers_to_mutate) + len(signature.user_inputs_to_mutate)
     graph, env = fx.Graph(), {}
     inputs = iter(names)
+    for node in program.graph.nodes:  # inputs first, so that no weight of the same name takes theirs
+        if node.op == "placeholder" and node.name not in lifted:
+            env[node] = graph.placeholder(identifier(next(inputs)))
+            env[node].meta = node.meta
     for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name in lifted:
+        if node in env:
+            continue
+        if node.op == "placeholder":
             target = lifted[node.name].removeprefix("model.")
             attributes[target] = tensors[lifted[node.name]]
             env[node] = graph.get_attr(target)
-            env[node].meta = node.meta
-        elif node.op == "placeholder":
-            env[node] = graph.placeholder(identifier(next(inputs)))
             env[node].meta = node.meta
         elif node.op == "output":
             # Buffers that the forward would update come first; the explanation leaves them alone.

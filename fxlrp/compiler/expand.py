@@ -54,6 +54,8 @@ def _instance_norm(
     cudnn_enabled: bool,
 ) -> Tensor:
     shape = (1, -1, *[1] * (x.dim() - 2))
+    own = x.dtype
+    x = x.float() if own in (torch.float16, torch.bfloat16) else x
     if use_input_stats:
         dims = tuple(range(2, x.dim()))
         centred = x - x.mean(dims, keepdim=True)
@@ -63,7 +65,7 @@ def _instance_norm(
         assert running_var is not None
         result = (x - running_mean.view(shape)) * torch.rsqrt(running_var.view(shape) + eps)
     result = result if weight is None else result * weight.view(shape)
-    return result if bias is None else result + bias.view(shape)
+    return (result if bias is None else result + bias.view(shape)).to(own)
 
 
 def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
@@ -87,10 +89,11 @@ def _attention(
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
-    return torch.softmax(scores + attn_mask, -1) @ value
+    return torch.softmax(scores + attn_mask, -1).to(value.dtype) @ value
 
 
 def _cosine_similarity(first: Tensor, second: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    first, second = torch.broadcast_tensors(first, second)
     first = first / first.norm(dim=dim, keepdim=True).clamp_min(eps)
     second = second / second.norm(dim=dim, keepdim=True).clamp_min(eps)
     return (first * second).sum(dim)

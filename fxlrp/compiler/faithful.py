@@ -172,7 +172,8 @@ def _gradient(result: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor
         if output.requires_grad:
             flat = output.reshape(-1)
             mixture = torch.arange(flat.numel(), device=flat.device, dtype=torch.float32).cos().to(flat.dtype)
-            parts.append((flat.nan_to_num(0.0, 0.0, 0.0) * mixture).sum().abs())
+            part = (flat.nan_to_num(0.0, 0.0, 0.0) * mixture).sum()
+            parts.append(part.abs() if part.is_complex() else part)
     if not parts or not leaves:
         return [torch.zeros_like(leaf) for leaf in leaves]
     total = torch.stack([part.double() for part in parts]).sum()

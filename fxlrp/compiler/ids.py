@@ -48,6 +48,7 @@ def lookups(placeholder: fx.Node) -> list[tuple[fx.Node, tuple[fx.Node, ...]]]:
     """The embedding lookups that read an input's ids, each with the nodes that hand the ids on to it."""
     reached: dict[fx.Node, list[fx.Node]] = {placeholder: []}
     computed = {placeholder}
+    given = _computed_of_inputs(placeholder.graph)
     found: list[tuple[fx.Node, fx.Node]] = []
     for node in placeholder.graph.nodes:
         if node.op != "call_function" or computed.isdisjoint(node.all_input_nodes):
@@ -58,10 +59,23 @@ def lookups(placeholder: fx.Node) -> list[tuple[fx.Node, tuple[fx.Node, ...]]]:
             found.append((node, ids))
         operands = _handed_on(node)
         arrived = [operand for operand in operands if operand in reached]
-        # Arithmetic on two numbers that both come from the input is no id of one place: a running count.
-        if arrived and not (is_op(node, *_ARITHMETIC) and len(computed.intersection(operands)) > 1):
+        # Arithmetic on two numbers that come from inputs is no id of one place: a running count, a masked id.
+        if arrived and not (is_op(node, *_ARITHMETIC) and len(given.intersection(operands)) > 1):
             reached[node] = arrived
     return [(node, _between(reached, ids)) for node, ids in found]
+
+
+def _computed_of_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose values, and not only sizes, come from an input."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or (
+            isinstance(value(node), Tensor)
+            and not is_op(node, "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+            and any(isinstance(value(x), Tensor) and x in found for x in node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
 
 
 def _between(reached: Mapping[fx.Node, list[fx.Node]], last: fx.Node) -> tuple[fx.Node, ...]:
@@ -96,6 +110,8 @@ def _read_by(node: fx.Node) -> Any:
         is_op(node, "index", "index_select")
         and getattr(node.args[0], "op", "") == "get_attr"
         and is_float(node)
+        and value(node.args[0]).dim() == 2
+        and (is_op(node, "index") or node.args[1] == 0)
     ):
         indices = arg(node, 1) if is_op(node, "index") else (arg(node, 2),)
         return indices[0] if len(indices) == 1 else None

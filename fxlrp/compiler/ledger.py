@@ -81,10 +81,10 @@ def account(
             if g is not None:
                 _accumulate(cotangents, node, g)
         _pull(graph, values, steps, dependent, cotangents, entries, sample)
-        for source in sources:
-            if source.is_lookup and source.path and source.node in cotangents:
-                amount = _looked_up_elsewhere(source, values, cotangents[source.node])
-                _book(entries, (source.node.name, module_path(source.node), "constant"), amount.cpu(), sample)
+        for node in dict.fromkeys(s.node for s in sources if s.is_lookup and s.path and s.node in cotangents):
+            readers = [s for s in sources if s.node is node]
+            amount = _looked_up_elsewhere(readers, values, cotangents[node])
+            _book(entries, (node.name, module_path(node), "constant"), amount.cpu(), sample)
     rows = tuple(
         Entry(node, path, cause, torch.stack(_padded(amounts, batch)))
         for (node, path, cause), amounts in entries.items()
@@ -150,11 +150,14 @@ def _pull(
                 _accumulate(cotangents, operands[i], g)
 
 
-def _looked_up_elsewhere(source: Source, values: dict[fx.Node, Any], cotangent: Tensor) -> Tensor:
-    """Relevance of looked-up tokens whose ids are not the input's: prompts, start tokens, padding."""
-    tokens: Tensor = (values[source.node].double() * cotangent.double()).sum(-1)
-    arrived = arriving(source.node, source.path, source.input, tokens, values)
-    return tokens.sum() if arrived is None else tokens.sum() - arrived.sum()
+def _looked_up_elsewhere(sources: Sequence[Source], values: dict[fx.Node, Any], cotangent: Tensor) -> Tensor:
+    """Relevance of one lookup's tokens whose ids are no input's: prompts, start tokens, padding."""
+    tokens: Tensor = (values[sources[0].node].double() * cotangent.double()).sum(-1)
+    rest = tokens.sum()
+    for source in sources:
+        arrived = arriving(source.node, source.path, source.input, tokens, values)
+        rest = rest if arrived is None else rest - arrived.sum()
+    return rest
 
 
 def _reads_frozen(node: fx.Node, dependent: set[fx.Node]) -> bool:

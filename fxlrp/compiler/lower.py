@@ -67,7 +67,7 @@ def _direct(module: fx.GraphModule) -> Runner:
     for node in module.graph.nodes:
         if node.op == "get_attr":
             weights.append(operator.attrgetter(node.target)(module))
-            known[node] = graph.placeholder(node.name)
+            known[node] = graph.placeholder(f"weight_{len(weights)}_")
     graph.output(graph.graph_copy(module.graph, known))
     code = graph.python_code("self")
     entries: dict[str, Any] = {}

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .activation import op_name
 from .base import Call, Cotangent, Linearization, Rule, dot, vjp
 
 
@@ -18,6 +17,14 @@ def sigma(z: Tensor, epsilon: float) -> Tensor:
     """``|z| / (|z| + epsilon)``: what the stabiliser ``z + epsilon * sign(z)`` lets through, in [0, 1]."""
     magnitude = z.abs()
     return magnitude / (magnitude + epsilon)
+
+
+def _is_plain_linear(call: Call) -> bool:
+    """Whether this is PyTorch's own linear map of an active input by a constant real matrix."""
+    if call.op is not torch.ops.aten.linear.default or call.active != (0,):
+        return False
+    weight = call.args[1]
+    return bool(weight.dim() == 2 and not weight.is_complex())
 
 
 def _linear(call: Call) -> Linearization:
@@ -53,7 +60,7 @@ class Epsilon(Rule):
             raise ValueError(f"Epsilon(epsilon={self.epsilon}): epsilon must be 0 or more.")
 
     def linearize(self, call: Call) -> Linearization:
-        step = _linear(call) if op_name(call.op) == "linear" and call.active == (0,) else vjp(call)
+        step = _linear(call) if _is_plain_linear(call) else vjp(call)
         if self.epsilon == 0:
             return step
         return Linearization(step.output, lambda cotangent: step.pullback(self._damp(step.output, cotangent)))

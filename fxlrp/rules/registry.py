@@ -29,7 +29,7 @@ def register_rule(op: Any, rule: Rule) -> None:
     """
     if not isinstance(rule, Rule):
         raise CompositeError(f"register_rule takes an op and a rule, such as Taylor(); got {rule!r}.")
-    name = op if isinstance(op, str) else qualified_name(op)
+    name = op.split(".")[0] if isinstance(op, str) else qualified_name(op)
     if "::" not in name:
         raise CompositeError(f"An op is named as torch.library has it, 'mylib::scan'; got {name!r}.")
     if op_name(name) in OP_KINDS:

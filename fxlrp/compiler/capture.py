@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -219,7 +220,7 @@ def _unlift(program: torch.export.ExportedProgram, names: tuple[str, ...]) -> fx
             # Buffers that the forward would update come first; the explanation leaves them alone.
             graph.output(tuple(env[out] for out in node.args[0][mutated:]))
         elif node.op == "get_attr":
-            attributes[node.target] = _attribute(program.graph_module, node.target)
+            attributes[node.target] = attrgetter(node.target)(program.graph_module)
             env[node] = graph.node_copy(node, env.__getitem__)
         elif _is_assertion(node):
             continue
@@ -236,13 +237,6 @@ def _unlift(program: torch.export.ExportedProgram, names: tuple[str, ...]) -> fx
 def identifier(name: str) -> str:
     """An input's name as a Python identifier."""
     return re.sub(r"\W", "_", name)
-
-
-def _attribute(root: nn.Module, target: str) -> Any:
-    value: Any = root
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _is_assertion(node: fx.Node) -> bool:

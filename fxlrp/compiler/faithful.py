@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ def compare_gradients(graph: fx.GraphModule, model: nn.Module, bound: Bound) -> 
     looked_up = [arg(s.node, 0) for s in found if s.is_lookup]
     names = {str(table.target) for table in looked_up if table.op == "get_attr"}
     own = {id(t): name for name, t in model.named_parameters()}
-    tables = {name: own[id(t)] for name in names if id(t := _attribute(graph, name)) in own}
+    tables = {name: own[id(t)] for name in names if id(t := attrgetter(name)(graph)) in own}
     floats = [i for i, node in enumerate(placeholders(graph.graph)) if is_float(node)]
     try:
         with torch.inference_mode(False), torch.enable_grad():
@@ -148,8 +149,8 @@ def _graph_gradient(
     graph: fx.GraphModule, bound: Bound, floats: Sequence[int], tables: Sequence[str]
 ) -> list[Tensor]:
     tensors, leaves = _leaves(bound, floats)
-    weights = {name: _attribute(graph, name).detach().requires_grad_() for name in tables}
-    same = {id(_attribute(graph, name)): leaf for name, leaf in weights.items()}
+    weights = {name: attrgetter(name)(graph).detach().requires_grad_() for name in tables}
+    same = {id(attrgetter(name)(graph)): leaf for name, leaf in weights.items()}
 
     class Replaced(fx.Interpreter):
         def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -179,10 +180,3 @@ def _gradient(result: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor
     total = torch.stack([part.double() for part in parts]).sum()
     found = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
     return [g.detach().nan_to_num(0.0, 0.0, 0.0) for g in found]
-
-
-def _attribute(root: nn.Module, target: str) -> Any:
-    value: Any = root
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value

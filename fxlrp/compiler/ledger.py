@@ -108,9 +108,7 @@ def _forward(
         if node.op == "placeholder":
             values[node] = next(given)
         elif node.op == "get_attr":
-            value: Any = module
-            for part in node.target.split("."):
-                value = getattr(value, part)
+            value: Any = operator.attrgetter(node.target)(module)
             values[node] = value.detach() if isinstance(value, Tensor) else value
         elif is_rule(node):
             steps[node] = node.target.rule.linearize(node.target.bind(args, kwargs))

@@ -2,6 +2,10 @@
 
 The ladder: ``torch.export`` with dynamic sizes, ``torch.export`` for these sizes, a ``make_fx`` trace of this
 very input. Each step must reproduce the model's own output on the inputs at hand, else the next one is tried.
+
+Models may ask ``torch.compiler.is_exporting()`` and write kernels out as loops for runtimes that lack them. An
+explanation runs where the model runs, so exports are tried first as if under ``torch.compile``, where the
+answer is no, and only then with it.
 """
 
 from __future__ import annotations
@@ -64,11 +68,13 @@ def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True) -> Captured
     expected = run_model(model, bound)
     failures: list[Failure] = []
     steps: list[tuple[str, Callable[[], Captured]]] = [
-        (DYNAMIC, lambda: _export(model, bound, dynamic=True)),
-        (STATIC, lambda: _export(model, bound, dynamic=False)),
+        (DYNAMIC, lambda: _export(model, bound, dynamic=True, portable=False)),
+        (DYNAMIC, lambda: _export(model, bound, dynamic=True, portable=True)),
+        (STATIC, lambda: _export(model, bound, dynamic=False, portable=False)),
+        (STATIC, lambda: _export(model, bound, dynamic=False, portable=True)),
         (TRACE, lambda: _trace(model, bound)),
     ]
-    for method, step in steps if dynamic else steps[1:]:
+    for method, step in steps if dynamic else steps[2:]:
         try:
             with _quiet():
                 captured = step()
@@ -87,7 +93,7 @@ def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True) -> Captured
                 captured.outputs,
                 captured.shapes,
                 captured.method,
-                (*captured.notes, *(f"not captured by {failure}" for failure in failures)),
+                (*captured.notes, *dict.fromkeys(f"not captured by {failure}" for failure in failures)),
             )
         failures.append(Failure.because(method, difference))
     raise CaptureError(report(type(model).__name__, failures))
@@ -96,11 +102,14 @@ def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True) -> Captured
 class _Flat(nn.Module):
     """The model as a function of its input tensors only, with its output as a flat tuple of tensors."""
 
-    def __init__(self, model: nn.Module, bound: Bound, found: list[Outputs]) -> None:
+    def __init__(
+        self, model: nn.Module, bound: Bound, found: list[Outputs], *, portable: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.bound = bound
         self.found = found
+        self.portable = portable
         self.autocast = ambient_autocast(model)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -108,13 +117,13 @@ class _Flat(nn.Module):
         region = (
             torch.autocast(self.autocast[0], self.autocast[1]) if self.autocast else contextlib.nullcontext()
         )
-        with region:
+        with region, contextlib.nullcontext() if self.portable else _as_under_compile():
             flat, outputs = flatten_output(self.model(*args, **kwargs))
         self.found.append(outputs)
         return flat
 
 
-def _export(model: nn.Module, bound: Bound, *, dynamic: bool) -> Captured:
+def _export(model: nn.Module, bound: Bound, *, dynamic: bool, portable: bool) -> Captured:
     found: list[Outputs] = []
     tensors = bound.tensors
     sizes: Any = None
@@ -122,7 +131,7 @@ def _export(model: nn.Module, bound: Bound, *, dynamic: bool) -> Captured:
         tensors = _widened(tensors)
         auto = torch.export.Dim.AUTO
         sizes = {"tensors": tuple(dict.fromkeys(_dynamic_dims(t), auto) for t in tensors)}
-    flat = _Flat(model, bound, found)
+    flat = _Flat(model, bound, found, portable=portable)
     with torch.enable_grad(), _without_autocast(model):
         program = torch.export.export(flat, tensors, dynamic_shapes=sizes, strict=False)
     _refuse_random(program.graph_module)
@@ -289,6 +298,17 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
     ambient = ambient_autocast(model)
     with torch.autocast(ambient[0], enabled=False) if ambient else contextlib.nullcontext():
         yield
+
+
+@contextlib.contextmanager
+def _as_under_compile() -> Iterator[None]:
+    """While a model is traced: ``is_compiling()`` says yes, ``is_exporting()`` says no."""
+    compiling, exporting = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
+    torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = True, False
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = compiling, exporting
 
 
 @contextlib.contextmanager

@@ -72,7 +72,8 @@ class Failure:
 def report(model: str, failures: list[Failure]) -> str:
     """The message of a capture that failed at every step."""
     steps = "\n".join(
-        f"  {failure}" + (f"\n    at {failure.line}" if failure.line else "") for failure in failures
+        f"  {failure}" + (f"\n    at {failure.line}" if failure.line else "")
+        for failure in dict.fromkeys(failures)
     )
     cause = next((f.cause for f in reversed(failures) if f.cause != _UNKNOWN), _UNKNOWN)
     remedy = _REMEDIES.get(cause, "Please report it, with the model.")

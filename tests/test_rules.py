@@ -24,6 +24,7 @@ from fxlrp.rules import (
     Rule,
     SoftmaxTaylor,
     Structural,
+    Substitution,
     Taylor,
     Uniform,
     WinnerTakesAll,
@@ -231,6 +232,48 @@ class TestUniform:
         a, b, G = randn(2, 3), randn(2, 1, seed=1), randn(2, 3, seed=2)
         found = step(FreezeDenominator(), aten.div.Tensor, (a, b), (0,), G=G)
         assert error(found.R[0], oracle.divide_all_to_numerator(a, b, a / b * G)[0]) < TOLERANCE
+
+
+class TestSubstitution:
+    """Triangular systems: the closed form against the substitution row by row."""
+
+    @pytest.mark.parametrize("unitriangular", [False, True])
+    @pytest.mark.parametrize("upper", [False, True])
+    @pytest.mark.parametrize("left", [False, True])
+    def test_substitution(self, left: bool, upper: bool, unitriangular: bool) -> None:
+        """Breaks if the half, the diagonal or the order of rows is wrong, or if the unread triangle counts."""
+        A, B, G = randn(2, 4, 4), randn(2, 4, 3, seed=1), randn(2, 4, 3, seed=2)
+        A = A + 3 * torch.eye(4, dtype=A.dtype)
+        read = torch.ones_like(A).tril(-1) * A
+        diagonal = torch.eye(4, dtype=A.dtype) if unitriangular else torch.diag_embed(A.diagonal(0, -2, -1))
+        X = torch.linalg.solve_triangular(read + diagonal, B, upper=False)
+        expected = [oracle.substitution(a, b, r) for a, b, r in zip(read + diagonal, B, X * G, strict=True)]
+        # The other cases are the lower one from the left, turned over.
+        if upper:
+            A, B, G = A.flip(-1, -2), B.flip(-2), G.flip(-2)
+        if not left:
+            A, B, G = A.mT, B.mT, G.mT
+        found = step(
+            Substitution(), aten.linalg_solve_triangular.default, (A, B), (0, 1),
+            upper=upper == left, left=left, unitriangular=unitriangular, G=G,
+        )  # fmt: skip
+        R_A, R_B = found.R
+        if not left:
+            R_A, R_B = R_A.mT, R_B.mT
+        if upper:
+            R_A, R_B = R_A.flip(-1, -2), R_B.flip(-2)
+        assert error(R_A, torch.stack([a for a, _ in expected])) < TOLERANCE
+        assert error(R_B, torch.stack([b for _, b in expected])) < TOLERANCE
+        assert found.absorbed == {}
+
+    def test_constant_side(self) -> None:
+        """A constant right-hand side keeps its part; a constant matrix makes the op linear."""
+        A, B, G = randn(4, 4) + 3 * torch.eye(4), randn(4, 2, seed=1), randn(4, 2, seed=2)
+        solve = aten.linalg_solve_triangular.default
+        both = step(Substitution(), solve, (A, B), (0, 1), upper=False, G=G)
+        only = step(Substitution(), solve, (A, B), (0,), upper=False, G=G)
+        assert torch.equal(only.R[0], both.R[0])
+        close(only.absorbed["bias"], both.R[1].sum(), both.R[1])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -585,6 +628,7 @@ def laws() -> dict[str, tuple[Rule, Any, tuple[Any, ...], tuple[int, ...], dict[
     image, kernel = randn(2, 4, 6, 6, seed=20), randn(6, 2, 3, 3, seed=21)
     keep = randn(2, 3, 4, seed=30) > 0
     index = torch.tensor([2, 0])
+    square = w + 3 * torch.eye(4, dtype=w.dtype)
     found: dict[str, tuple[Any, ...]] = {}
     for eps in (0.0, 0.25):
         found |= {
@@ -622,6 +666,10 @@ def laws() -> dict[str, tuple[Rule, Any, tuple[Any, ...], tuple[int, ...], dict[
         "division by a constant": (Structural(), aten.div.Tensor, (x, y), (0,)),
         "interpolation": (Structural(), aten.upsample_bilinear2d.default, (image, [9, 9], False), (0,)),
         "fft": (Structural(), aten.fft_fft.default, (x,), (0,)),
+        "triangular system": (Substitution(), aten.linalg_solve_triangular.default, (square, y[0].mT), (0, 1),
+                              {"upper": False}),
+        "its matrix": (Substitution(), aten.linalg_solve_triangular.default, (square, y[0].mT), (0,),
+                       {"upper": True, "unitriangular": True}),
         "division": (FreezeDenominator(), aten.div.Tensor, (x, y), (0,)),
         "layer_norm": (NormRule(), aten.layer_norm.default, (x, [4], b, b, 1e-5), (0,)),
         "rms_norm": (NormRule(), aten.rms_norm.default, (x, [4], b, None), (0,)),

@@ -191,6 +191,8 @@ def _kind(node: fx.Node, operands: list[Any], positions: tuple[int, ...], active
         kind = "matmul"
     if kind in ("product", "matmul") and count < 2:
         return "structural" if kind == "product" else "linear"
+    if kind == "solve" and positions == (1,):
+        return "linear"
     if kind == "division":
         if node.kwargs.get("rounding_mode") is not None:
             return None

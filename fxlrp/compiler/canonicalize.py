@@ -72,7 +72,8 @@ def _does_nothing(node: fx.Node) -> bool:
     if not (isinstance(operand, Tensor) and isinstance(result, Tensor)):
         return False
     if is_op(node, "to", "to_copy", "type_as", "float"):
-        return operand.dtype is result.dtype and operand.device == result.device
+        moved = operand.dtype is not result.dtype or operand.device != result.device
+        return not moved and _layout(operand) == _layout(result)  # a view of the result may need its strides
     if is_op(node, "dropout", "feature_dropout", "alpha_dropout"):
         return True  # active dropout was refused at capture
     if is_op(node, "slice"):
@@ -84,6 +85,10 @@ def _does_nothing(node: fx.Node) -> bool:
             and (stop is None or stop >= 2**62)
         )
     return is_op(node, "alias", "view_as") and list(map(str, operand.shape)) == list(map(str, result.shape))
+
+
+def _layout(tensor: Tensor) -> list[str] | None:
+    return list(map(str, tensor.stride())) if tensor.layout is torch.strided else None
 
 
 def _widen(module: fx.GraphModule) -> fx.GraphModule:

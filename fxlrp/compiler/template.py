@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .functional import is_functional, rewrite
@@ -148,7 +149,7 @@ class Templates:
         """The template of a function at values like these; ``key`` stands for the function."""
         full = (key, tuple(describe(v) for v in values))
         if full not in self._known:
-            with self.mode:
+            with self.mode, enable_python_dispatcher():
                 self._known[full] = trace(function, values)
         return self._known[full]
 

@@ -9,6 +9,7 @@ from .norm import NormRule
 from .product import FreezeDenominator, Uniform
 from .registry import register_rule
 from .softmax import SoftmaxTaylor
+from .solve import Substitution
 from .table import KINDS, MULTILINEAR, OP_KINDS, kind_of
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Selector",
     "SoftmaxTaylor",
     "Structural",
+    "Substitution",
     "Taylor",
     "Uniform",
     "WinnerTakesAll",

@@ -17,6 +17,7 @@ from .norm import NormRule
 from .product import FreezeDenominator, Uniform
 from .registry import qualified_name, registered
 from .softmax import SoftmaxTaylor
+from .solve import Substitution
 from .table import KINDS
 
 
@@ -155,6 +156,7 @@ _ATTNLRP: Mapping[str, Rule] = MappingProxyType(
         "activation": Identity(),
         "gate": Freeze(),
         "nonlinear": Taylor(),
+        "solve": Substitution(),
         "selection": WinnerTakesAll(),
     }
 )

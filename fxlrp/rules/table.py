@@ -26,6 +26,7 @@ KINDS: Final = {
     "activation": "elementwise f with f(0)=0, and x * g(x)",
     "gate": "elementwise f with f(0) != 0 that multiplies something that carries relevance",
     "nonlinear": "other differentiable nonlinear steps that have a Taylor rule: f(0) != 0 outside of gates",
+    "solve": "triangular systems whose matrix carries relevance",
     "selection": "max, top-k, sorting, pooling by maximum, clamping: the winner takes all",
 }
 
@@ -53,6 +54,7 @@ _STRUCTURAL = """view reshape unsafe_view view_as reshape_as transpose permute t
 _PRODUCT = "mul multiply"
 _MATMUL = """matmul mm bmm mv dot einsum bilinear outer ger inner cross linalg_cross tensordot
     chain_matmul linalg_multi_dot kron"""
+_SOLVE = "linalg_solve_triangular"
 _DIVISION = "div divide true_divide"
 _ATTENTION = "attention scaled_dot_product_attention"
 _SOFTMAX = "softmax safe_softmax"
@@ -82,6 +84,7 @@ OP_KINDS: Final[dict[str, str]] = {
             "softmax": _SOFTMAX,
             "norm": _NORM,
             "gate": _GATE,
+            "solve": _SOLVE,
             "selection": _SELECTION,
         }.items()
         for name in names.split()

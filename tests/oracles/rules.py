@@ -233,6 +233,28 @@ def uniform_product(factors: Sequence[Tensor], R: Tensor) -> list[Tensor]:
     return [sum_to(R / n, x.shape) for x in factors]
 
 
+def substitution(A: Tensor, B: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Forward substitution :math:`x_i = (b_i - \sum_{j<i} A_{ij} x_j) / a_{ii}` for A ``[n, n]``, B, R ``[n, k]``,
+    from the last row back: relevance of :math:`x_i` goes to :math:`b_i` and to every product in proportion to
+    its part of the sum (epsilon rule), half of a product's to each factor (uniform rule).
+
+    Returns:
+        R_A, R_B.
+    """
+    n, k = B.shape
+    X = torch.linalg.solve_triangular(A, B, upper=False)
+    R_A, R_B, R_X = torch.zeros_like(A), torch.zeros_like(B), R.clone()
+    for i in reversed(range(n)):
+        for c in range(k):
+            per_part = R_X[i, c] / (X[i, c] * A[i, i])
+            R_B[i, c] = B[i, c] * per_part
+            for j in range(i):
+                term = -A[i, j] * X[j, c] * per_part
+                R_A[i, j] += term / 2
+                R_X[j, c] += term / 2
+    return R_A, R_B
+
+
 class MatmulRelevance(NamedTuple):
     """Relevance of both operands (zero for an inactive one) and what the stabiliser absorbed (output's
     shape)."""

@@ -94,6 +94,11 @@ def mean_of_square(s: Any, x: Tensor) -> Tensor:
     return s.w * (c / torch.sqrt(c.pow(2).mean(-1, keepdim=True) + 1e-5)) + s.b
 
 
+def scaled_before(s: Any, x: Tensor) -> Tensor:
+    h = s.b * x
+    return s.w * (h * torch.rsqrt(power(h)))
+
+
 NORMS: dict[str, Spelling] = {
     "cast and multiply": cast_and_multiply,
     "1 + w": one_plus_weight,
@@ -116,6 +121,7 @@ NORMS: dict[str, Spelling] = {
     "layer norm by mean of square": mean_of_square,
     "layer norm by var_mean": var_mean,
     "deviation without keepdim": lambda s, x: x / x.pow(2).mean(-1).add(1e-5).sqrt().unsqueeze(-1),
+    "of a scaled vector": scaled_before,
     "L2": lambda s, x: F.normalize(x, dim=-1),
     "L2 by norm": lambda s, x: x / x.norm(dim=-1, keepdim=True),
     "L2 by linalg": lambda s, x: x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-6),

@@ -8,6 +8,7 @@ too.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
@@ -37,8 +38,7 @@ def match_norm(node: fx.Node) -> Match | Miss | None:
 def _core(node: fx.Node, x: Any, of: fx.Node, op: Any, factor: Any) -> Match | Miss | None:
     if not isinstance(x, fx.Node):
         return None  # 1/std by itself, which the product with x will match
-    plain = _unweighted(x)
-    normalized = {_key(plain), _key(_centred(plain))} - {None}
+    normalized = {_key(y) for plain in _unweighted(x) for y in (plain, _centred(plain))} - {None}
     measured = {_key(of), _key(_centred(of))} - {None}
     if normalized & measured:
         return Match(node, op, (x, factor), "normalisation")
@@ -121,9 +121,10 @@ def _centred(node: Any) -> Any:
     return None
 
 
-def _unweighted(node: Any) -> Any:
-    """What is below weights and constants that multiply it."""
+def _unweighted(node: Any) -> Iterator[Any]:
+    """A node, and what is below each of the weights and constants that multiply it."""
     node = without_casts(node)
+    yield node
     while is_op(node, "mul", "multiply"):
         first, second = node.args[:2]
         if _is_constant(second):
@@ -132,7 +133,7 @@ def _unweighted(node: Any) -> Any:
             node = without_casts(second)
         else:
             break
-    return node
+        yield node
 
 
 def _is_constant(node: Any) -> bool:

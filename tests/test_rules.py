@@ -241,7 +241,7 @@ class TestSubstitution:
     @pytest.mark.parametrize("upper", [False, True])
     @pytest.mark.parametrize("left", [False, True])
     def test_substitution(self, left: bool, upper: bool, unitriangular: bool) -> None:
-        """Breaks if the half, the diagonal or the order of rows is wrong, or if the unread triangle counts."""
+        """Breaks if the half, the diagonal, the order of rows is wrong, or if the unread triangle counts."""
         A, B, G = randn(2, 4, 4), randn(2, 4, 3, seed=1), randn(2, 4, 3, seed=2)
         A = A + 3 * torch.eye(4, dtype=A.dtype)
         read = torch.ones_like(A).tril(-1) * A

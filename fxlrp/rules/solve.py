@@ -16,9 +16,9 @@ from .base import Call, Cotangent, Linearization, Rule, dot
 class Substitution(Rule):
     """``A X = B`` with a triangular A, as the substitution that solves it row by row.
 
-    With ``A = D + N``, D its diagonal, row i of the solution is ``x_i = (b_i - sum_j N_ij x_j) / d_i``: a sum,
-    divided by what counts as a constant, in which every product ``N_ij x_j`` hands half of its relevance to
-    either factor (AttnLRP, Prop. 3.2), and so on down to the first row. In closed form, with the system
+    With ``A = D + N``, D its diagonal, row i of the solution is ``x_i = (b_i - sum_j N_ij x_j) / d_i``: a
+    sum, divided by what counts as a constant, in which every product ``N_ij x_j`` hands half of its relevance
+    to either factor (AttnLRP, Prop. 3.2), and so on down to the first row. In closed form, with the system
     ``(D + N/2)^T H = G``: the coefficients are ``G_B = H`` and ``G_N = -1/2 H X^T`` on A's strict triangle,
     0 on its diagonal. Nothing is absorbed where A and B are both active; constant ones keep their part
     (``bias``).

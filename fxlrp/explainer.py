@@ -22,6 +22,7 @@ from .compiler.inputs import (
     plain_region,
     refuse_elsewhere,
     refuse_empty,
+    refuse_unknown,
 )
 from .compiler.latents import find
 from .compiler.ledger import account
@@ -52,6 +53,7 @@ def lrp_compile(
     dynamic: bool = True,
     strict: bool = True,
     latents: tuple[str, ...] = (),
+    inputs: tuple[str, ...] = (),
 ) -> Explainer:
     """Compile a model into its layer-wise relevance propagation.
 
@@ -68,15 +70,19 @@ def lrp_compile(
         strict: refuse nonlinear ops without a rule; False takes a first-order Taylor step and says so in the
             plan.
         latents: module paths (wildcards allowed) whose outputs' relevance is returned too.
+        inputs: names of the inputs to explain, as the model's ``forward`` has them; the others count as
+            constants. By default float inputs and ids that are looked up are explained, except masks of
+            attention, and except ids whose embeddings are only added to those of a larger table (positions,
+            token types).
 
     Returns:
         An explainer to call as the model itself, with ``target=`` on top.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"lrp_compile takes a torch.nn.Module, not {type(model).__name__}.")
-    if isinstance(latents, str):
-        latents = (latents,)
-    return Explainer(model, as_composite(composite), backend, dynamic, strict, tuple(latents))
+    latents = (latents,) if isinstance(latents, str) else tuple(latents)
+    inputs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
+    return Explainer(model, as_composite(composite), backend, dynamic, strict, latents, inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +158,7 @@ class Explainer:
     dynamic: bool
     strict: bool
     latents: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
     _traces: dict[Any, list[_Trace]] = field(default_factory=dict, repr=False)
     _programs: dict[Any, tuple[Program, Runner]] = field(default_factory=dict, repr=False)
     _function_traces: dict[Any, _Trace] = field(default_factory=dict, repr=False)
@@ -188,6 +195,7 @@ class Explainer:
         wanted = as_target(target)
         bound = bind(self.model, args, kwargs)
         refuse_empty(bound)
+        refuse_unknown(bound, self.inputs)
         trace = self._trace(bound)
         operands = self._operands(trace, bound, wanted)
         program, runner = self._program(trace, bound, wanted)
@@ -271,7 +279,7 @@ class Explainer:
     def _capture(self, bound: Bound, *, dynamic: bool) -> _Trace:
         with collection_paused():
             captured = capture(self.model, bound, dynamic=dynamic)
-            canonical = canonicalize(verify_functional(captured.graph))
+            canonical = canonicalize(verify_functional(captured.graph), self._explained)
         difference = compare(
             canonical.graph,
             bound,
@@ -329,6 +337,7 @@ class Explainer:
                     seed,
                     rows,
                     strict=self.strict,
+                    inputs=self._explained,
                     latents=latents,
                     notes=notes,
                 )
@@ -437,6 +446,10 @@ class Explainer:
             fake = value(outputs(trace.canonical.graph.graph)[index])
             trace.output_shapes[place] = trace.shapes.evaluate(fake.shape, bound.tensors)
         return trace.output_shapes[place]
+
+    @property
+    def _explained(self) -> frozenset[str]:
+        return frozenset(map(identifier, self.inputs))
 
     def _names(self, bound: Bound) -> dict[str, str]:
         return {identifier(name): name for name in bound.names}

@@ -60,7 +60,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--task", nargs="+", choices=TASKS, default=[], help="all rows of these tasks")
     parser.add_argument("--model", nargs="+", default=[], help="model types as the library calls them")
     parser.add_argument(
-        "--sample", nargs="?", type=Path, const=SAMPLE, help="rows that a file lists, 'task model' a line"
+        "--sample",
+        nargs="?",
+        type=Path,
+        const=SAMPLE,
+        help="rows that a file lists, 'task model' a line (default: those of the tests)",
     )
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time (default: 2)")
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds for each row (default: 180)")
@@ -76,7 +80,7 @@ def _options() -> argparse.Namespace:
 
 def _chosen(options: argparse.Namespace) -> list[Row]:
     if options.sample:
-        return sample(options.sample)
+        return list(sample(options.sample))
     if not (options.all or options.task or options.model):
         return []
     found = rows(options.task, options.model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,22 +16,23 @@ from .rows import TASKS, Row
 
 #: Models that stay larger than this are not built.
 _LARGEST = 110_000_000
-_ATTENTIONS = ("sdpa", "eager")
+#: Implementations of attention, the first that a model has is taken.
+ATTENTIONS = ("sdpa", "eager")
 
 
 class NotBuilt(Exception):
     """A row's model does not come out of its config, or does not run."""
 
 
-def build(row: Row, seed: int = 0) -> nn.Module:
-    """The row's model.
+def build(row: Row, seed: int = 0, attentions: Sequence[str] = ATTENTIONS) -> nn.Module:
+    """The row's model, with the first of these implementations of attention that it has.
 
     Raises:
         NotBuilt: with what each attempt failed with.
     """
     reasons: list[str] = []
     for profile in PROFILES:
-        for attention in _ATTENTIONS:
+        for attention in attentions:
             try:
                 return _model(row, profile, attention, seed)
             except Exception as error:  # whatever a config or a constructor raises, another one may do

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxlrp
 
-from .build import NotBuilt, build, calibrate, first_line
+from .build import ATTENTIONS, NotBuilt, build, calibrate, first_line
 from .inputs import Example, examples
 from .reference import Reference, Target, gradient_times_input, scalar_of, target_of
 from .rows import Row
@@ -44,7 +44,7 @@ _ERRORS: tuple[tuple[type[Exception], str], ...] = (
 
 
 @dataclass(frozen=True, eq=False)
-class _Case:
+class Case:
     """A model that runs, with its inputs and what autograd says."""
 
     model: nn.Module
@@ -78,7 +78,7 @@ def check(row: Row, show: Callable[[str], None] | None = None) -> dict[str, Any]
     start = time.perf_counter()
     result: dict[str, Any] = {"task": row.task, "model": row.model, "status": "explained", "reason": ""}
     try:
-        _explain(row, _case(row), result, show)
+        _explain(row, case_of(row), result, show)
     except _Wrong as wrong:
         result.update(status=wrong.status, reason=str(wrong))
     except NotBuilt as error:
@@ -105,13 +105,13 @@ def _place(error: BaseException) -> str:
     return f" (at {os.path.basename(own[-1].filename)}:{own[-1].lineno} {own[-1].name})" if own else ""
 
 
-def _case(row: Row) -> _Case:
+def case_of(row: Row, attentions: Sequence[str] = ATTENTIONS) -> Case:
     """The row's model with the first of its example inputs that it runs on.
 
     Raises:
         NotBuilt: there is none, with what each attempt failed with.
     """
-    model = build(row)
+    model = build(row, attentions=attentions)
     reasons: list[str] = []
     for example in _attempts(examples(row, model, reasons), reasons):
         try:
@@ -127,7 +127,7 @@ def _case(row: Row) -> _Case:
             missing = [name for name in _explained_inputs(row) if not _moves(reference, name)]
             if missing:
                 raise ValueError(f"the gradient for {', '.join(missing)} is zero")
-            return _Case(model, example, target, reference, torch.equal(value, again))
+            return Case(model, example, target, reference, torch.equal(value, again))
         except Exception as error:  # the model's own, or ours above: the next inputs may do
             reasons.append(f"{example.name}: {type(error).__name__}: {first_line(error)}")
     raise NotBuilt(" | ".join(dict.fromkeys(reasons)) or "no inputs known")
@@ -156,7 +156,7 @@ def _moves(reference: Reference, name: str) -> bool:
     return name in reference.relevance and bool(reference.relevance[name].any())
 
 
-def _explain(row: Row, case: _Case, result: dict[str, Any], show: Callable[[str], None] | None) -> None:
+def _explain(row: Row, case: Case, result: dict[str, Any], show: Callable[[str], None] | None) -> None:
     explainer = fxlrp.lrp_compile(case.model, backend="eager")
     arguments = {**case.example.inputs, "target": case.target}
     result["call"] = case.example.name
@@ -217,7 +217,7 @@ def _gradient_error(
     }
 
 
-def _generalises(row: Row, case: _Case, explainer: fxlrp.Explainer, notes: list[str]) -> bool | None:
+def _generalises(row: Row, case: Case, explainer: fxlrp.Explainer, notes: list[str]) -> bool | None:
     """Whether another batch size and length is answered by the same graph, and rightly; None if the model
     itself does not take them.
     """

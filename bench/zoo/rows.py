@@ -70,7 +70,10 @@ def rows(tasks: Iterable[str] = (), models: Iterable[str] = ()) -> list[Row]:
     ]
 
 
-def sample(path: Path = SAMPLE) -> list[Row]:
-    """The rows that a file lists, one ``task model`` a line; ``#`` begins a comment."""
+def sample(path: Path = SAMPLE) -> dict[Row, tuple[str, ...]]:
+    """The rows that a file lists, and the rules for whose sake each is there.
+
+    A line holds the task, the model type and names of rules; ``#`` begins a comment.
+    """
     lines = (line.split("#")[0].split() for line in path.read_text().splitlines())
-    return [Row(*line) for line in lines if line]
+    return {Row(*line[:2]): tuple(line[2:]) for line in lines if line}

@@ -5,12 +5,13 @@ Activity follows floating point data only: sizes read off active tensors, compar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
 from torch import fx
 
+from ..errors import NoPathError
 from .graphs import is_float, is_op, leaves, placeholders, value
 from .ids import lookups
 
@@ -109,20 +110,40 @@ def candidates(graph: fx.Graph) -> tuple[Source, ...]:
     return tuple(found)
 
 
-def explained(module: fx.GraphModule, targets: Sequence[fx.Node]) -> tuple[Source, ...]:
-    """The sources that are explained: those that reach a target other than as a mask of attention.
+def explained(
+    module: fx.GraphModule, targets: Sequence[fx.Node], inputs: Collection[str] = ()
+) -> tuple[Source, ...]:
+    """The sources that are explained: those of the named inputs, by default of all that count as content.
 
-    Of several integer inputs whose embeddings are summed before anything else happens to them (token and type
-    ids), the one with the largest table is explained; the others count as constants, like position
-    embeddings.
+    By default sources that reach a target as masks of attention only are left out, and of several integer
+    inputs whose embeddings are summed before anything else happens to them (token and type ids) the one with
+    the largest table is explained; the others count as constants, like position embeddings.
+
+    Raises:
+        NoPathError: nothing differentiable leads from an input that was named to the target.
     """
     graph = module.graph
-    edges = _without_masks(float_edges(graph), graph)
+    edges = float_edges(graph)
+    if not inputs:
+        edges = _without_masks(edges, graph)
     useful = (
         set(targets).union(*(nx.ancestors(edges, t) for t in targets if t in edges)) if targets else set()
     )
     sources = [s for s in candidates(graph) if s.node in useful]
+    if inputs:
+        return _named(sources, inputs)
     return tuple(s for s in sources if not any(_outranks(other, s) for other in sources))
+
+
+def _named(sources: Sequence[Source], inputs: Collection[str]) -> tuple[Source, ...]:
+    found = tuple(s for s in sources if s.input.name in inputs)
+    missing = sorted(set(inputs) - {s.input.name for s in found})
+    if missing:
+        raise NoPathError(
+            f"No differentiable path leads from the input '{missing[0]}' to the target, so it cannot be "
+            f"explained; one leads from {', '.join(sorted({repr(s.input.name) for s in sources})) or 'none'}."
+        )
+    return found
 
 
 def _without_masks(edges: nx.DiGraph, graph: fx.Graph) -> nx.DiGraph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -31,13 +32,16 @@ class Canonical:
     widened: bool = False
 
 
-def canonicalize(module: fx.GraphModule) -> Canonical:
-    """Write out what is short for several ops; norms, attention, hand-written activations become one op."""
+def canonicalize(module: fx.GraphModule, inputs: Collection[str] = ()) -> Canonical:
+    """Write out what is short for several ops; norms, attention, hand-written activations become one op.
+
+    ``inputs`` are those that are explained by name; see :func:`expand`.
+    """
     new = copy_graph(module, "Canonical")
     _strip(new.graph)
     wide = _widen(new)
     widened, new = wide is not new, wide
-    expand(new)
+    expand(new, inputs)
     _reassociate(new.graph)
     dependence = Dependence.of(new)
     hits: dict[str, int] = {}

@@ -191,9 +191,13 @@ def _widened(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _dynamic_dims(tensor: Tensor) -> tuple[int, ...]:
-    """The first two sizes of ids, masks and embeddings, all of a 4-d mask, the batch of images."""
+    """The first two sizes of ids, masks and embeddings, all of a 4-d mask and of ids of pairs, the batch of
+    images.
+    """
     if tensor.dtype is torch.bool and tensor.dim() == 4:
         return (0, 2, 3)
+    if not tensor.is_floating_point() and tensor.dim() == 3:
+        return (0, 1, 2)
     return tuple(range(tensor.dim()))[
         : 1 if tensor.dim() > 3 or (tensor.is_floating_point() and tensor.dim() < 3) else 2
     ]

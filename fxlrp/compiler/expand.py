@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import torch
@@ -113,8 +113,11 @@ EXPANSIONS: Final[dict[str, Callable[..., Tensor]]] = {
 }
 
 
-def expand(module: fx.GraphModule) -> None:
-    """Write out the ops of the table that depend on an input. Edits a graph that nobody else holds."""
+def expand(module: fx.GraphModule, inputs: Collection[str] = ()) -> None:
+    """Write out the ops of the table that depend on an input. Edits a graph that nobody else holds.
+
+    ``inputs`` names those that are explained whatever they are used for, masks of attention included.
+    """
     dependence = Dependence.of(module)
     wanted = [
         node
@@ -122,7 +125,7 @@ def expand(module: fx.GraphModule) -> None:
         if node.op == "call_function"
         and op_name(node.target) in EXPANSIONS
         and dependence.sources_of(node)
-        and (op_name(node.target) != "scaled_dot_product_attention" or _is_biased(node, dependence))
+        and (op_name(node.target) != "scaled_dot_product_attention" or _is_biased(node, dependence, inputs))
     ]
     if not wanted:
         return
@@ -131,11 +134,16 @@ def expand(module: fx.GraphModule) -> None:
         _replace(node, templates)
 
 
-def _is_biased(node: fx.Node, dependence: Dependence) -> bool:
-    """Whether attention's mask is computed from what its operands are, and so has relevance of its own."""
+def _is_biased(node: fx.Node, dependence: Dependence, inputs: Collection[str]) -> bool:
+    """Whether attention's mask has relevance of its own: it is computed from what its operands are computed
+    from, or from an input that is asked for.
+    """
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     operands = [x for x in node.args[:3] if isinstance(x, fx.Node)]
-    return isinstance(mask, fx.Node) and any(dependence.entangled(mask, x) for x in operands)
+    return isinstance(mask, fx.Node) and (
+        any(dependence.entangled(mask, x) for x in operands)
+        or any(source.name in inputs for source in dependence.sources_of(mask))
+    )
 
 
 def _replace(node: fx.Node, templates: Templates) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,20 @@ def refuse_empty(bound: Bound) -> None:
             raise InputError(
                 f"Input '{name}' of shape {tuple(tensor.shape)} is empty: there is nothing to explain."
             )
+
+
+def refuse_unknown(bound: Bound, names: Collection[str]) -> None:
+    """Refuse names of inputs that this call does not have.
+
+    Raises:
+        InputError: with the names that it has.
+    """
+    unknown = [name for name in names if name not in bound.by_name]
+    if unknown:
+        raise InputError(
+            f"There is no tensor input '{unknown[0]}' to explain in this call; it has "
+            f"{', '.join(repr(name) for name in bound.names)}."
+        )
 
 
 def refuse_elsewhere(bound: Bound, model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -61,6 +61,7 @@ def build(
     rows: Rows | None,
     *,
     strict: bool,
+    inputs: Collection[str] = (),
     latents: Mapping[str, str] | None = None,
     notes: tuple[str, ...] = (),
 ) -> Program:
@@ -77,7 +78,7 @@ def build(
         )
     graph = only_outputs(graph, seed.outputs)
     targets = seed.reads(outputs(graph.graph))
-    sources = explained(graph, targets)
+    sources = explained(graph, targets, inputs)
     plan = assign(graph, sources, targets, composite, strict=strict)
     rule_graph = verify_rules(rewrite(graph, plan), plan)
     nodes = {node.name: node for node in rule_graph.graph.nodes}

@@ -236,8 +236,8 @@ def uniform_product(factors: Sequence[Tensor], R: Tensor) -> list[Tensor]:
 def substitution(A: Tensor, B: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     r"""Forward substitution :math:`x_i = (b_i - \sum_{j<i} A_{ij} x_j) / a_{ii}`, from the last row back.
 
-    A ``[n, n]``, B, R ``[n, k]``. Relevance of :math:`x_i` goes to :math:`b_i` and to every product in proportion
-    to its part of the sum (epsilon rule), half of a product's to each factor (uniform rule).
+    A ``[n, n]``, B, R ``[n, k]``. Relevance of :math:`x_i` goes to :math:`b_i` and to every product in
+    proportion to its part of the sum (epsilon rule), half of a product's to each factor (uniform rule).
 
     Returns:
         R_A, R_B.

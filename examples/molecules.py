@@ -7,8 +7,8 @@ Both learn whether a molecule inhibits the enzyme BACE-1 (MoleculeNet; a table w
 Class), about a minute each. The picture shows test molecules with every atom in the colour of its relevance
 for "inhibits": red speaks for it, blue against it.
 
-The graph model has the encodings of Graphormer (Ying et al. 2021). Its atoms are explained; degrees,
-distances and bonds count as context, as position embeddings do, and the ledger says how much they hold.
+The graph model has the encodings of Graphormer (Ying et al. 2021): degrees beside the atoms, distances and
+bonds of pairs as a bias of attention. All four are lookups of integers and are explained by name.
 """
 
 import argparse
@@ -213,12 +213,14 @@ def area_under_curve(scores: Tensor, labels: Tensor) -> float:
 
 
 def atom_relevance(molecule: Molecule, found: fxlrp.Explanation) -> Tensor:
-    """Relevance by atom [N]; in a SMILES string, whose atoms have the order of the graph's, of its token."""
-    assert isinstance(found.relevance, Tensor)
-    relevance = found.relevance[0]
-    if len(relevance) == len(molecule.atoms):
-        return relevance
-    return relevance[[i for i, token in enumerate(molecule.tokens) if ATOM.match(token)]]
+    """Relevance by atom [N]: of its token in the SMILES string, which has the atoms in the graph's order, or
+    of all that the graph says of it; a pair's goes half to either atom.
+    """
+    if isinstance(found.relevance, Tensor):
+        return found.relevance[0, [i for i, token in enumerate(molecule.tokens) if ATOM.match(token)]]
+    by_name = {name: relevance[0] for name, relevance in found.relevance.items()}
+    pairs = by_name["distances"] + by_name["bonds"]
+    return by_name["atoms"] + by_name["degrees"] + 0.5 * (pairs.sum(0) + pairs.sum(1))
 
 
 def draw(path: Path, panels: list[tuple[Molecule, Tensor, str]], columns: int) -> None:
@@ -254,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--data", type=Path, required=True, help="a table with the columns smiles and Class")
     parser.add_argument("--out", type=Path, default=Path("out/molecules.png"), help="the picture")
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--limit", type=int, help="molecules to read (default: all)")
     arguments = parser.parse_args(argv)
     try:
@@ -285,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown = [held_out[i] for i in both.masked_fill(labels == 0, -1.0).topk(3).indices.tolist()]
     panels = []
     for name, (model, inputs) in models.items():
-        explainer = fxlrp.lrp_compile(model)
+        explainer = fxlrp.lrp_compile(model, inputs=tuple(inputs(shown)))
         for i, molecule in enumerate(shown):
             found = explainer(**inputs([molecule]), target=fxlrp.LogitDifference(1, 0))
             title = f"{name}: {found.value.item():+.1f} for 'inhibits'"

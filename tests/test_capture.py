@@ -34,6 +34,31 @@ class NoGrad(Block):
         return self.last(h * scale)
 
 
+class CastInNoGrad(Block):
+    """Casts without effect return the tensor itself, which keeps its gradient outside of the region."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        with torch.no_grad():
+            scale = self.norm(h.to(self.norm.weight.dtype).contiguous()).sigmoid()
+        return self.last(h * scale)
+
+
+class CastInNoGradRetraced(CastInNoGrad):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        y[:, :3].copy_(x[:, :3])
+        return super().forward(x + y)
+
+
+class CopyInNoGrad(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        with torch.no_grad():
+            same = h.to(h.dtype, copy=True)
+        return self.last(h * self.norm(same).sigmoid())
+
+
 class Detached(Block):
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
@@ -95,6 +120,9 @@ class RepeatedTensor(Block):
 
 
 MODELS = [
+    CastInNoGrad,
+    CastInNoGradRetraced,
+    CopyInNoGrad,
     NoGrad,
     InPlace,
     MutatedView,

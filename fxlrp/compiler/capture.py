@@ -3,8 +3,8 @@
 The ladder: ``torch.export`` with dynamic sizes, ``torch.export`` for these sizes, a ``make_fx`` trace of this
 very input. Each step must reproduce the model's own output on the inputs at hand, else the next one is tried.
 
-Models may ask ``torch.compiler.is_exporting()`` and write kernels out as loops for runtimes that lack them. An
-explanation runs where the model runs, so exports are tried first as if under ``torch.compile``, where the
+Models may ask ``torch.compiler.is_exporting()`` and write kernels out as loops for runtimes that lack them.
+An explanation runs where the model runs, so exports are tried first as if under ``torch.compile``, where the
 answer is no, and only then with it.
 """
 

@@ -82,6 +82,16 @@ class MutatedView(Block):
         return self.last(h)
 
 
+class LaidOutAnew(Block):
+    """Retraced, the reshape is a view, which relies on the strides that the cast gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h[:, :2] *= 3.0
+        h = h.view(-1, 1, 3, 2).permute(0, 3, 1, 2)  # channels last, else the cast does nothing
+        return self.last(h.to(h.dtype, memory_format=torch.contiguous_format).reshape(-1, 6))
+
+
 class AliasedLater(Block):
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
@@ -126,6 +136,7 @@ MODELS = [
     NoGrad,
     InPlace,
     MutatedView,
+    LaidOutAnew,
     AliasedLater,
     InPlaceInNoGrad,
     Autocast,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracles import models
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fxlrp
 from fxlrp import Logit, LogitDifference, Predicted
@@ -271,6 +272,34 @@ def test_ids_that_are_computed_with_are_explained_where_they_stood() -> None:
     expected = sum((x * g).sum(-1) for x, g in zip(looked_up.values(), gradients, strict=True))
     explanation = fxlrp.lrp_compile(model, "gradient")(ids)
     torch.testing.assert_close(explanation.relevance, expected.detach())
+    assert fxlrp.lrp_compile(model)(ids).ledger.residual < 1e-5
+
+
+class HashedWindows(Hashed):
+    """Embeddings of a hash of each three ids in a row, behind two that are padding."""
+
+    @staticmethod
+    def hash(input_ids: Tensor) -> Tensor:
+        windows = torch.cat([input_ids.new_zeros(len(input_ids), 2), input_ids], 1).unfold(1, 3, 1)
+        return (windows * 31 ** torch.arange(3)).sum(-1) % 16
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = torch.cat([self.hashed(self.hash(input_ids)), self.shifted(input_ids)], -1)
+        return self.head(torch.tanh(x).sum(1))
+
+
+def test_ids_that_are_hashed_together_share_alike() -> None:
+    """Would break: hashes of several ids counted as constants, or each id given all of the relevance."""
+    model, ids = HashedWindows().eval(), torch.randint(0, 20, (2, 6))
+    looked_up = [model.hashed.weight[model.hash(ids)], model.shifted.weight[ids]]
+    looked_up = [x.detach().requires_grad_() for x in looked_up]
+    scores = model.head(torch.tanh(torch.cat(looked_up, -1)).sum(1))
+    gradients = torch.autograd.grad(scores.max(-1).values.sum(), looked_up)
+    hashed, single = ((x * g).sum(-1).detach() for x, g in zip(looked_up, gradients, strict=True))
+    padded = F.pad(hashed, (0, 2)) / 3  # a hash at place i is of the ids at i - 2, i - 1 and i
+    expected = single + padded[:, :6] + padded[:, 1:7] + padded[:, 2:]
+    explanation = fxlrp.lrp_compile(model, "gradient")(ids)
+    torch.testing.assert_close(explanation.relevance, expected)
     assert fxlrp.lrp_compile(model)(ids).ledger.residual < 1e-5
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from oracles import models
@@ -336,6 +338,49 @@ def test_shifted_and_split_ids_are_explained_where_they_stood() -> None:
     )
     expected = nn.functional.pad(moved[:, 1:], (0, 1)) + rolled.roll(3, 1)
     torch.testing.assert_close(fxlrp.lrp_compile(model, "gradient")(ids).relevance, expected)
+
+
+class Replaced(nn.Module):
+    """Looks ids up after some were written over, and in another order."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head, self.step = nn.Embedding(20, 8), nn.Linear(8, 3), step
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(self.step(input_ids))).cumsum(1)[:, -2])
+
+
+def _placeholder_out(ids: Tensor) -> Tensor:
+    found = ids.clone()
+    found[ids == 7] = 0
+    return found
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        _placeholder_out,
+        lambda ids: ids[:, torch.tensor([2, 0, 1, 3])],
+        lambda ids: torch.gather(ids, 1, ids.argsort(1)),
+        lambda ids: ids.masked_scatter(ids == 7, torch.zeros_like(ids)),
+        lambda ids: torch.zeros_like(ids).scatter(1, ids.argsort(1), ids),
+        lambda ids: ids.index_fill(1, torch.tensor([0]), 19),
+        lambda ids: torch.zeros_like(ids).copy_(ids),
+    ],
+    ids=["index_put", "index", "gather", "masked_scatter", "scatter", "index_fill", "copy"],
+)
+def test_replaced_and_reordered_ids_are_explained_where_they_stood(step: Callable[[Tensor], Tensor]) -> None:
+    """Would break: no path through a write at a mask or a reordering; relevance of what was written over."""
+    model, ids = Replaced(step).eval(), torch.tensor([[9, 7, 3, 5], [4, 2, 7, 8]])
+    explanation = fxlrp.lrp_compile(model, "gradient")(ids)
+    looked_up = model.table(step(ids)).detach().requires_grad_()
+    score = model.head(torch.tanh(looked_up).cumsum(1)[:, -2]).max(-1).values.sum()
+    parts = (torch.autograd.grad(score, looked_up)[0] * looked_up).sum(-1)
+    same = ids[:, :, None] == step(ids)[:, None, :]  # no id is there twice
+    torch.testing.assert_close(explanation.relevance, (same * parts[:, None, :]).sum(-1).detach())
+    assert explanation.ledger.residual < 1e-5
 
 
 class Packed(nn.Module):

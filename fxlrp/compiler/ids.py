@@ -25,11 +25,14 @@ _MOVES: dict[str, tuple[int, ...] | None] = {
             *("slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind"),
             *("expand", "expand_as", "repeat", "clone", "contiguous", "alias", "detach", "lift_fresh_copy"),
             *("to", "to_copy", "type_as", "long", "clamp", "clamp_min", "masked_fill", "roll", "flip"),
-            *("index_select", "pad", "constant_pad_nd", "unfold"),
+            *("index", "index_select", "index_fill", "gather", "pad", "constant_pad_nd", "unfold"),
         ),
         (0,),
     ),
     "copy": (1,),
+    "index_put": (0, 2),
+    "masked_scatter": (0, 2),
+    "scatter": (0, 3),
     "where": (1, 2),
     "cat": None,
     "stack": None,
@@ -41,7 +44,6 @@ _ARITHMETIC = (
     *("add", "sub", "rsub", "mul", "remainder", "fmod", "floor_divide"),
     *("bitwise_and", "bitwise_or", "bitwise_xor"),
 )
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def lookups(placeholder: fx.Node) -> list[tuple[fx.Node, tuple[fx.Node, ...]]]:
@@ -233,10 +235,10 @@ def _back(node: fx.Node, operand: fx.Node, given: Sequence[Any]) -> Tensor | Non
 
     following = iter(operands)
     found: list[Any] = [next(following) if isinstance(x, fx.Node) else x for x in flat]
+    # Not those that say where: indices stay integers, masks stay truth values.
+    numbers = [*_handed_on(node), *(flat[:1] if is_op(step, "copy") else ())]
     for i, leaf in enumerate(found):
-        if i == at or (
-            isinstance(leaf, Tensor) and leaf.dtype in _INTEGERS and not is_op(step, "index_select")
-        ):
+        if isinstance(leaf, Tensor) and flat[i] in numbers:
             found[i] = leaf.to(coefficient.dtype)
         elif isinstance(leaf, torch.dtype):
             found[i] = coefficient.dtype

@@ -441,6 +441,34 @@ def test_what_the_data_choose_is_constant_in_a_trace() -> None:
     assert "trace of this input" in str(explainer.plan)
 
 
+class Grid(Block):
+    """Reads a grid whose sides are data, and normalises four neighbours as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.LayerNorm(24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor, sides: Tensor) -> Tensor:
+        height, width = sides
+        h = torch.tanh(self.first(x))[:, : height * width].reshape(2, height, width, 6)
+        height, width = h.shape[1:3]
+        pairs = h.reshape(2, height, width // 2, 12).permute(0, 2, 1, 3)
+        return self.last(self.norm(pairs.reshape(2, width // 2, height // 2, 24).permute(0, 2, 1, 3))).sum(
+            (1, 2)
+        )
+
+
+def test_a_derivative_that_takes_no_sizes_from_data_is_taken_of_a_trace() -> None:
+    """Would break: a tracer's error where the export held but a pullback wants to know the sizes."""
+    model, x = Grid().eval(), torch.randn(2, 8, 6)
+    explainer = fxlrp.lrp_compile(model, "gradient")
+    for sides in (torch.tensor([2, 4]), torch.tensor([2, 2])):
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(leaf, sides).max(-1).values.sum(), leaf)
+        torch.testing.assert_close(explainer(x, sides).relevance, x * gradient)
+    assert "not built for all values" in str(explainer.plan)
+
+
 class Ragged(Block):
     """Splits by lengths that are data, and asks whether it is traced."""
 

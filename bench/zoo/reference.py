@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from ..reference import logits_of, predicted
 
+#: The ends of names of inputs that label patches: where they are, how their image is cut.
+_LABELS = ("_position_ids", "_ratio_ids")
 #: A function of the output, or None for the predicted class at the last unpadded position.
 Target = Callable[[Any], Tensor] | None
 
@@ -93,7 +95,8 @@ def gradient_times_input(model: nn.Module, inputs: Mapping[str, Any], target: Ta
         if isinstance(x, Tensor) and x.is_floating_point()
     }
     ids = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and _are_ids(name, x)}
-    lookups = _Lookups(ids, _hashes(model, inputs, ids))
+    labels = {name: x for name, x in inputs.items() if name.endswith(_LABELS)}
+    lookups = _Lookups(ids, _hashes(model, inputs, ids), labels)
     # Handed on as copies: some models write into their inputs.
     with torch.enable_grad(), lookups:
         output = model(**{**inputs, **{name: x.clone() for name, x in floats.items()}})
@@ -109,7 +112,7 @@ def gradient_times_input(model: nn.Module, inputs: Mapping[str, Any], target: Ta
     scale = {name: float(x.abs().max()) for name, x in relevance.items()}
     for lookup, product in zip(lookups.found, products[len(floats) :], strict=True):
         scale[lookup.name] = max(scale.get(lookup.name, 0.0), float(product.abs().sum(-1).max()))
-        placed = lookup.placed(ids[lookup.name], product.sum(-1))
+        placed = lookup.placed(inputs[lookup.name], product.sum(-1))
         relevance[lookup.name] = relevance.get(lookup.name, torch.zeros_like(placed)) + placed
     compared = {name: _once(ids[name]) if name in ids else slice(None) for name in relevance}
     return Reference(scalar.detach(), relevance, compared, scale)  # type: ignore[arg-type]
@@ -145,12 +148,14 @@ class _Lookups(TorchFunctionMode):
     Attributes:
         ids: by input name.
         hashes: by the number of a lookup the input of which it reads hashes, and their shares.
+        labels: of patches, which are read as they are or one coordinate at a time.
         found: what was caught.
         reads: what all lookups read, in their order.
     """
 
     ids: dict[str, Tensor]
     hashes: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
+    labels: dict[str, Tensor] = field(default_factory=dict)
     found: list[_Lookup] = field(default_factory=list)
     reads: list[Tensor] = field(default_factory=list)
 
@@ -175,6 +180,11 @@ class _Lookups(TorchFunctionMode):
                 yield name, ids.reshape(-1, 1) == read.reshape(1, -1)
         if len(self.reads) - 1 in self.hashes:
             yield self.hashes[len(self.reads) - 1]
+        for name, label in self.labels.items():
+            places = torch.arange(label.numel()).view(label.shape)
+            for along, at in ((label, places), *zip(label.unbind(-1), places.unbind(-1), strict=True)):
+                if torch.equal(along, read):
+                    yield name, places.reshape(-1, 1) == at.reshape(1, -1)
 
 
 def _moved(read: Tensor, ids: Tensor) -> bool:

@@ -125,7 +125,7 @@ class _Maker:
     def text(self) -> Iterator[Example]:
         key = "input_ids" if "input_ids" in self.accepted else "inputs"
         ids = self.ids(self.length)
-        sizes = {"batch": self.batch, "length": self.length}
+        sizes = {"batch": self.batch, "length": self.length, "frames": 8 * self.length}
         extra: dict[str, Any] = {
             name: self.floats(*(sizes.get(s, s) for s in shape))
             for name, shape in FLOATS.get(self.row.model, {}).items()

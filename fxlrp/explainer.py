@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from .compiler.canonicalize import Canonical, canonicalize
 from .compiler.capture import TRACE, Captured, capture, identifier
@@ -276,9 +277,9 @@ class Explainer:
             del self._programs[known]
         return trace
 
-    def _capture(self, bound: Bound, *, dynamic: bool) -> _Trace:
+    def _capture(self, bound: Bound, *, dynamic: bool, exported: bool = True) -> _Trace:
         with collection_paused():
-            captured = capture(self.model, bound, dynamic=dynamic)
+            captured = capture(self.model, bound, dynamic=dynamic, exported=exported)
             canonical = canonicalize(verify_functional(captured.graph), self._explained)
         difference = compare(
             canonical.graph,
@@ -310,14 +311,19 @@ class Explainer:
         except FxlrpError:
             raise
         except Exception as error:  # some derivatives of PyTorch's take no symbolic sizes
-            if not trace.captured.shapes.is_dynamic:
+            if trace.captured.shapes.is_dynamic:
+                fixed = self._replaced(trace, bound, f"not built for all sizes: {first_line(error)}")
+            elif isinstance(error, GuardOnDataDependentSymNode) and trace.values is None:
+                fixed = self._replaced(
+                    trace, bound, f"not built for all values: {first_line(error)}", exported=False
+                )
+            else:
                 raise
-            note = f"not built for all sizes: {first_line(error)}"
-            return self._built(self._replaced(trace, bound, note), bound, target)
+        return self._program(fixed, bound, target)
 
-    def _replaced(self, trace: _Trace, bound: Bound, note: str) -> _Trace:
-        """A trace of these sizes in place of a dynamic one."""
-        fixed = self._capture(bound, dynamic=False)
+    def _replaced(self, trace: _Trace, bound: Bound, note: str, *, exported: bool = True) -> _Trace:
+        """A trace of these sizes, or of this very input, in place of one that is valid for more."""
+        fixed = self._capture(bound, dynamic=False, exported=exported)
         fixed = replace(fixed, captured=replace(fixed.captured, notes=(*fixed.captured.notes, note)))
         for key, traces in self._traces.items():
             self._traces[key] = [fixed if known is trace else known for known in traces]

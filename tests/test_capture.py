@@ -34,6 +34,31 @@ class NoGrad(Block):
         return self.last(h * scale)
 
 
+class CastInNoGrad(Block):
+    """Casts without effect return the tensor itself, which keeps its gradient outside of the region."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        with torch.no_grad():
+            scale = self.norm(h.to(self.norm.weight.dtype).contiguous()).sigmoid()
+        return self.last(h * scale)
+
+
+class CastInNoGradRetraced(CastInNoGrad):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        y[:, :3].copy_(x[:, :3])
+        return super().forward(x + y)
+
+
+class CopyInNoGrad(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        with torch.no_grad():
+            same = h.to(h.dtype, copy=True)
+        return self.last(h * self.norm(same).sigmoid())
+
+
 class Detached(Block):
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
@@ -55,6 +80,16 @@ class MutatedView(Block):
         h[:, 4] = 0.5
         h[:, 5].copy_(x[:, 0])
         return self.last(h)
+
+
+class LaidOutAnew(Block):
+    """Retraced, the reshape is a view, which relies on the strides that the cast gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h[:, :2] *= 3.0
+        h = h.view(-1, 1, 3, 2).permute(0, 3, 1, 2)  # channels last, else the cast does nothing
+        return self.last(h.to(h.dtype, memory_format=torch.contiguous_format).reshape(-1, 6))
 
 
 class AliasedLater(Block):
@@ -95,9 +130,13 @@ class RepeatedTensor(Block):
 
 
 MODELS = [
+    CastInNoGrad,
+    CastInNoGradRetraced,
+    CopyInNoGrad,
     NoGrad,
     InPlace,
     MutatedView,
+    LaidOutAnew,
     AliasedLater,
     InPlaceInNoGrad,
     Autocast,
@@ -400,6 +439,34 @@ def test_what_the_data_choose_is_constant_in_a_trace() -> None:
         (gradient,) = torch.autograd.grad(model(leaf).max(-1).values.sum(), leaf)
         torch.testing.assert_close(explainer(x).relevance, x * gradient)
     assert "trace of this input" in str(explainer.plan)
+
+
+class Grid(Block):
+    """Reads a grid whose sides are data, and normalises four neighbours as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.LayerNorm(24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor, sides: Tensor) -> Tensor:
+        height, width = sides
+        h = torch.tanh(self.first(x))[:, : height * width].reshape(2, height, width, 6)
+        height, width = h.shape[1:3]
+        pairs = h.reshape(2, height, width // 2, 12).permute(0, 2, 1, 3)
+        return self.last(self.norm(pairs.reshape(2, width // 2, height // 2, 24).permute(0, 2, 1, 3))).sum(
+            (1, 2)
+        )
+
+
+def test_a_derivative_that_takes_no_sizes_from_data_is_taken_of_a_trace() -> None:
+    """Would break: a tracer's error where the export held but a pullback wants to know the sizes."""
+    model, x = Grid().eval(), torch.randn(2, 8, 6)
+    explainer = fxlrp.lrp_compile(model, "gradient")
+    for sides in (torch.tensor([2, 4]), torch.tensor([2, 2])):
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(leaf, sides).max(-1).values.sum(), leaf)
+        torch.testing.assert_close(explainer(x, sides).relevance, x * gradient)
+    assert "not built for all values" in str(explainer.plan)
 
 
 class Ragged(Block):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from oracles import models
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fxlrp
 from fxlrp import Logit, LogitDifference, Predicted
@@ -274,6 +277,34 @@ def test_ids_that_are_computed_with_are_explained_where_they_stood() -> None:
     assert fxlrp.lrp_compile(model)(ids).ledger.residual < 1e-5
 
 
+class HashedWindows(Hashed):
+    """Embeddings of a hash of each three ids in a row, behind two that are padding."""
+
+    @staticmethod
+    def hash(input_ids: Tensor) -> Tensor:
+        windows = torch.cat([input_ids.new_zeros(len(input_ids), 2), input_ids], 1).unfold(1, 3, 1)
+        return (windows * 31 ** torch.arange(3)).sum(-1) % 16
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = torch.cat([self.hashed(self.hash(input_ids)), self.shifted(input_ids)], -1)
+        return self.head(torch.tanh(x).sum(1))
+
+
+def test_ids_that_are_hashed_together_share_alike() -> None:
+    """Would break: hashes of several ids counted as constants, or each id given all of the relevance."""
+    model, ids = HashedWindows().eval(), torch.randint(0, 20, (2, 6))
+    looked_up = [model.hashed.weight[model.hash(ids)], model.shifted.weight[ids]]
+    looked_up = [x.detach().requires_grad_() for x in looked_up]
+    scores = model.head(torch.tanh(torch.cat(looked_up, -1)).sum(1))
+    gradients = torch.autograd.grad(scores.max(-1).values.sum(), looked_up)
+    hashed, single = ((x * g).sum(-1).detach() for x, g in zip(looked_up, gradients, strict=True))
+    padded = F.pad(hashed, (0, 2)) / 3  # a hash at place i is of the ids at i - 2, i - 1 and i
+    expected = single + padded[:, :6] + padded[:, 1:7] + padded[:, 2:]
+    explanation = fxlrp.lrp_compile(model, "gradient")(ids)
+    torch.testing.assert_close(explanation.relevance, expected)
+    assert fxlrp.lrp_compile(model)(ids).ledger.residual < 1e-5
+
+
 class Turned(nn.Module):
     """Reads its own ids one place later, behind a start token, as decoders of classifiers do."""
 
@@ -307,6 +338,49 @@ def test_shifted_and_split_ids_are_explained_where_they_stood() -> None:
     )
     expected = nn.functional.pad(moved[:, 1:], (0, 1)) + rolled.roll(3, 1)
     torch.testing.assert_close(fxlrp.lrp_compile(model, "gradient")(ids).relevance, expected)
+
+
+class Replaced(nn.Module):
+    """Looks ids up after some were written over, and in another order."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head, self.step = nn.Embedding(20, 8), nn.Linear(8, 3), step
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(self.step(input_ids))).cumsum(1)[:, -2])
+
+
+def _placeholder_out(ids: Tensor) -> Tensor:
+    found = ids.clone()
+    found[ids == 7] = 0
+    return found
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        _placeholder_out,
+        lambda ids: ids[:, torch.tensor([2, 0, 1, 3])],
+        lambda ids: torch.gather(ids, 1, ids.argsort(1)),
+        lambda ids: ids.masked_scatter(ids == 7, torch.zeros_like(ids)),
+        lambda ids: torch.zeros_like(ids).scatter(1, ids.argsort(1), ids),
+        lambda ids: ids.index_fill(1, torch.tensor([0]), 19),
+        lambda ids: torch.zeros_like(ids).copy_(ids),
+    ],
+    ids=["index_put", "index", "gather", "masked_scatter", "scatter", "index_fill", "copy"],
+)
+def test_replaced_and_reordered_ids_are_explained_where_they_stood(step: Callable[[Tensor], Tensor]) -> None:
+    """Would break: no path through a write at a mask or a reordering; relevance of what was written over."""
+    model, ids = Replaced(step).eval(), torch.tensor([[9, 7, 3, 5], [4, 2, 7, 8]])
+    explanation = fxlrp.lrp_compile(model, "gradient")(ids)
+    looked_up = model.table(step(ids)).detach().requires_grad_()
+    score = model.head(torch.tanh(looked_up).cumsum(1)[:, -2]).max(-1).values.sum()
+    parts = (torch.autograd.grad(score, looked_up)[0] * looked_up).sum(-1)
+    same = ids[:, :, None] == step(ids)[:, None, :]  # no id is there twice
+    torch.testing.assert_close(explanation.relevance, (same * parts[:, None, :]).sum(-1).detach())
+    assert explanation.ledger.residual < 1e-5
 
 
 class Packed(nn.Module):

@@ -18,6 +18,8 @@ from .rows import TASKS, Row
 _LARGEST = 110_000_000
 #: Implementations of attention, the first that a model has is taken.
 ATTENTIONS = ("sdpa", "eager")
+#: How many times as many samples batch norms are calibrated on.
+_COPIES = 8
 
 
 class NotBuilt(Exception):
@@ -107,10 +109,13 @@ def unsettle(model: nn.Module, seed: int) -> None:
 
 
 def calibrate(model: nn.Module, inputs: dict[str, Any]) -> None:
-    """Give batch norms the statistics of what reaches them on these inputs, as training would have.
+    """Give batch norms the statistics of what reaches them on inputs like these, as training would have.
 
-    With the means of 0 and variances of 1 that they start with, signals vanish in deep models; channels that
-    hardly vary on so few samples would be blown up, so half the mean variance is the least.
+    With the means of 0 and variances of 1 that they start with, signals vanish in deep models. Statistics of
+    the few inputs alone would blow up the differences between them: where two samples leave one number of a
+    channel each, both become 1 or -1 whatever they were, and layer upon layer of this amplifies rounding
+    until no digit of float32 is left. So noise joins the inputs. Channels that hardly vary all the same would
+    be blown up too, so half the mean variance is the least.
     """
 
     def measure(module: Any, args: tuple[Any, ...]) -> None:
@@ -123,10 +128,23 @@ def calibrate(model: nn.Module, inputs: dict[str, Any]) -> None:
     try:
         if handles:
             with torch.no_grad():
-                model(**inputs)
+                model(**_with_noise(inputs))
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _with_noise(inputs: dict[str, Any], seed: int = 4) -> dict[str, Any]:
+    """The inputs, and the same again some times with noise in place of the floating point ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def more(name: str, x: Tensor) -> Tensor:
+        if not x.is_floating_point() or name.endswith("mask"):
+            return torch.cat([x] * _COPIES)
+        others = torch.randn((_COPIES - 1) * len(x), *x.shape[1:], generator=generator)
+        return torch.cat([x, others.to(x)])
+
+    return {name: more(name, x) if isinstance(x, Tensor) else x for name, x in inputs.items()}
 
 
 def _batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

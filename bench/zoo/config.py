@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from .overrides import BY_TASK, CONFIGS, DEFAULT, PAIR_DECODER, PAIRS
+from .overrides import BY_TASK, CONFIGS, DEFAULT, PAIR_DECODER, PAIRS, PART
 from .rows import TASKS, Row
 from .sizes import DEPTHS, HEAD, HEADS, LAYERS, SIZES, SPECIAL, VOCABULARY, is_int, size, stages
 
@@ -52,7 +52,16 @@ def _tiny(
     kind: type[PreTrainedConfig], profile: str, extra: dict[str, Any] | None = None
 ) -> PreTrainedConfig:
     settings = {**_shrunk(kind, profile), **CONFIGS.get(kind.model_type, {}), **(extra or {})}
+    for name, value in settings.items():
+        if value is PART:
+            settings[name] = _tiny(_part(kind, name), profile)
     return kind(**{name: value for name, value in settings.items() if value is not DEFAULT})
+
+
+def _part(kind: type[PreTrainedConfig], name: str) -> type[PreTrainedConfig]:
+    """The class of a config's part."""
+    found: Any = kind.sub_configs[name]
+    return getattr(found, "config_class", found)  # type: ignore[no-any-return]
 
 
 def _shrunk(kind: type[PreTrainedConfig], profile: str) -> dict[str, Any]:

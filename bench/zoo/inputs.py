@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .build import first_line
 from .config import parts
-from .overrides import FLOATS
+from .overrides import FLOATS, PIXELS
 from .rows import Row
 from .sizes import is_int
 
@@ -125,7 +125,7 @@ class _Maker:
     def text(self) -> Iterator[Example]:
         key = "input_ids" if "input_ids" in self.accepted else "inputs"
         ids = self.ids(self.length)
-        sizes = {"batch": self.batch, "length": self.length}
+        sizes = {"batch": self.batch, "length": self.length, "frames": 8 * self.length}
         extra: dict[str, Any] = {
             name: self.floats(*(sizes.get(s, s) for s in shape))
             for name, shape in FLOATS.get(self.row.model, {}).items()
@@ -191,12 +191,15 @@ class _Maker:
 
     def image_text(self) -> Iterator[Example]:
         for name, pixels, extra in self._pixels():
+            self.pool = self._ids()
+            if "qformer_input_ids" in self.accepted:
+                extra["qformer_input_ids"] = self.ids(6)
+                extra["qformer_attention_mask"] = torch.ones(self.batch, 6, dtype=torch.long)
             try:
                 places = self._places(pixels, extra)
             except Exception as error:  # the model does not take pixels in this layout
                 self.reasons.append(f"{name}: {type(error).__name__}: {first_line(error)}")
                 continue
-            self.pool = self._ids()
             inputs: dict[str, Any] = {**extra, "pixel_values": pixels}
             token = next((v for k in _IMAGE_TOKENS if is_int(v := getattr(self.config, k, None))), None)
             length = (places or 0) + 6
@@ -208,9 +211,6 @@ class _Maker:
             self._add(inputs, "input_ids", ids)
             self._add(inputs, "mm_token_type_ids", is_image)
             self._add(inputs, "token_type_ids", is_image)
-            if "qformer_input_ids" in self.accepted:
-                inputs["qformer_input_ids"] = self.ids(6)
-                inputs["qformer_attention_mask"] = torch.ones(self.batch, 6, dtype=torch.long)
             if self.row.model == "vision-encoder-decoder":
                 inputs = {"pixel_values": pixels, "decoder_input_ids": self.ids(8)}
             elif self.decodes:
@@ -250,6 +250,12 @@ class _Maker:
         vision = getattr(self.config, "vision_config", None) or self.config
         height, width = self._image_sizes()[0]
         batch = self.batch
+        if self.row.model in PIXELS:
+            own = {
+                name: self.floats(*found) if isinstance(found, tuple) else torch.tensor(found)
+                for name, found in PIXELS[self.row.model](batch).items()
+            }
+            yield "layout of its own", own.pop("pixel_values"), own
         if self.accepted & {"image_grid_thw", "image_grid_hws"}:
             patch, frames = getattr(vision, "patch_size", 8), getattr(vision, "temporal_patch_size", 1) or 1
             grid = {"image_grid_thw": torch.tensor([[1, 4, 4]] * batch)}
@@ -265,7 +271,8 @@ class _Maker:
     def _places(self, pixels: Tensor, extra: dict[str, Any]) -> int | None:
         """How many positions of the text an image takes; None where the model does not say."""
         part: Any
-        for part in (self.model, getattr(self.model, "model", None)):
+        inner = getattr(self.model, "model", None)
+        for part in (self.model, inner, getattr(inner, "encoder", None)):
             if hasattr(part, "get_image_features"):
                 with torch.no_grad():
                     return _positions(part.get_image_features(pixel_values=pixels, **extra)) // self.batch
@@ -282,4 +289,6 @@ def _positions(features: Any) -> int:
     for name in ("pooler_output", "last_hidden_state"):
         if getattr(features, name, None) is not None:
             return _positions(getattr(features, name))
+    if getattr(features, "deepstack_features", None):  # pairs of a layer and what is added there
+        return _positions(features.deepstack_features[0][1])
     raise ValueError("no image features")

@@ -6,7 +6,7 @@ were shifted, padded or transposed on the way: by the ids' values, which :mod:`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from ..reference import logits_of, predicted
 
+#: The ends of names of inputs that label patches: where they are, how their image is cut.
+_LABELS = ("_position_ids", "_ratio_ids")
 #: A function of the output, or None for the predicted class at the last unpadded position.
 Target = Callable[[Any], Tensor] | None
 
@@ -93,7 +95,8 @@ def gradient_times_input(model: nn.Module, inputs: Mapping[str, Any], target: Ta
         if isinstance(x, Tensor) and x.is_floating_point()
     }
     ids = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and _are_ids(name, x)}
-    lookups = _Lookups(ids)
+    labels = {name: x for name, x in inputs.items() if name.endswith(_LABELS)}
+    lookups = _Lookups(ids, _hashes(model, inputs, ids), labels)
     # Handed on as copies: some models write into their inputs.
     with torch.enable_grad(), lookups:
         output = model(**{**inputs, **{name: x.clone() for name, x in floats.items()}})
@@ -109,7 +112,7 @@ def gradient_times_input(model: nn.Module, inputs: Mapping[str, Any], target: Ta
     scale = {name: float(x.abs().max()) for name, x in relevance.items()}
     for lookup, product in zip(lookups.found, products[len(floats) :], strict=True):
         scale[lookup.name] = max(scale.get(lookup.name, 0.0), float(product.abs().sum(-1).max()))
-        placed = lookup.placed(ids[lookup.name], product.sum(-1))
+        placed = lookup.placed(inputs[lookup.name], product.sum(-1))
         relevance[lookup.name] = relevance.get(lookup.name, torch.zeros_like(placed)) + placed
     compared = {name: _once(ids[name]) if name in ids else slice(None) for name in relevance}
     return Reference(scalar.detach(), relevance, compared, scale)  # type: ignore[arg-type]
@@ -127,24 +130,34 @@ def _once(ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Lookup:
-    """An embedding lookup of an input's ids: with which ids it was made, and what came out."""
+    """An embedding lookup of an input's ids: which share of each token is whose, and what came out."""
 
     name: str
-    ids: Tensor
+    shares: Tensor
     output: Tensor
 
     def placed(self, ids: Tensor, relevance: Tensor) -> Tensor:
         """The lookup's relevance at the places that its ids have in the input."""
-        same = ids.reshape(-1, 1) == self.ids.reshape(1, -1)
-        return (same.to(relevance) @ relevance.reshape(-1, 1)).view(ids.shape)
+        return (self.shares.to(relevance) @ relevance.reshape(-1, 1)).view(ids.shape)
 
 
 @dataclass(eq=False)
 class _Lookups(TorchFunctionMode):
-    """Catches lookups of the given ids in a table of weights."""
+    """Catches lookups of the given ids in a table of weights.
+
+    Attributes:
+        ids: by input name.
+        hashes: by the number of a lookup the input of which it reads hashes, and their shares.
+        labels: of patches, which are read as they are or one coordinate at a time.
+        found: what was caught.
+        reads: what all lookups read, in their order.
+    """
 
     ids: dict[str, Tensor]
+    hashes: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
+    labels: dict[str, Tensor] = field(default_factory=dict)
     found: list[_Lookup] = field(default_factory=list)
+    reads: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -154,18 +167,73 @@ class _Lookups(TorchFunctionMode):
         read = _read_ids(func, args, kwargs or {})
         if read is None or not isinstance(output, Tensor) or not output.is_floating_point():
             return output
-        for name, ids in self.ids.items():
-            once = ids[_once(ids)]
-            moved = len(once) and float(torch.isin(once, read).float().mean()) >= 0.5
-            if moved or _are_hashes(read, ids):
-                leaf = output.detach().requires_grad_()
-                self.found.append(_Lookup(name, read if moved else ids, leaf))
-                return leaf.clone()
+        self.reads.append(read.clone())
+        for name, shares in self._shares(read):
+            leaf = output.detach().requires_grad_()
+            self.found.append(_Lookup(name, shares, leaf))
+            return leaf.clone()
         return output
 
+    def _shares(self, read: Tensor) -> Iterator[tuple[str, Tensor]]:
+        for name, ids in self.ids.items():
+            if _moved(read, ids):
+                yield name, ids.reshape(-1, 1) == read.reshape(1, -1)
+        if len(self.reads) - 1 in self.hashes:
+            yield self.hashes[len(self.reads) - 1]
+        for name, label in self.labels.items():
+            places = torch.arange(label.numel()).view(label.shape)
+            for along, at in ((label, places), *zip(label.unbind(-1), places.unbind(-1), strict=True)):
+                if torch.equal(along, read):
+                    yield name, places.reshape(-1, 1) == at.reshape(1, -1)
 
-def _are_hashes(read: Tensor, ids: Tensor) -> bool:
-    """Whether other numbers are read in the ids' places: hashes of them, and no positions or types."""
+
+def _moved(read: Tensor, ids: Tensor) -> bool:
+    """Whether ids are read as they are, wherever: most of those that occur once are there."""
+    once = ids[_once(ids)]
+    return bool(len(once)) and float(torch.isin(once, read).float().mean()) >= 0.5
+
+
+def _hashes(
+    model: nn.Module, inputs: Mapping[str, Any], ids: Mapping[str, Tensor]
+) -> dict[int, tuple[str, Tensor]]:
+    """The lookups that read numbers computed of ids, and which share of each token is which place's.
+
+    Found by trial: one place is given the other samples' ids, and what is read otherwise then depends on it.
+    A hash of several ids is shared alike, also by the padding that stands where a text has no ids yet.
+    """
+
+    def reads(changed: Mapping[str, Tensor]) -> list[Tensor]:
+        lookups = _Lookups({})
+        with torch.no_grad(), lookups:
+            model(**{**{name: _copied(x) for name, x in inputs.items()}, **changed})
+        return lookups.reads
+
+    usual = reads({}) if ids else []
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, own in ids.items():
+        other = [n for n, read in enumerate(usual) if _may_be_hashes(read, own)]
+        other = [n for n in other if not any(_moved(usual[n], x) for x in ids.values())]
+        changed = reads({name: own.roll(1, 0)}) if other else usual
+        other = [n for n in other if not torch.equal(changed[n], usual[n])]
+        depends = {n: torch.zeros(*own.shape, own.shape[1], dtype=torch.bool) for n in other}
+        for place in range(own.shape[1]) if other else ():
+            trial = own.clone()
+            trial[:, place] = own[:, place].roll(1)
+            changed = reads({name: trial})
+            for n in other:
+                depends[n][..., place] = changed[n] != usual[n]
+        for n, by_place in depends.items():
+            shares = by_place.transpose(1, 2).float() / by_place.sum(-1).max()
+            found[n] = (name, torch.block_diag(*shares))
+    return found
+
+
+def _copied(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else x
+
+
+def _may_be_hashes(read: Tensor, ids: Tensor) -> bool:
+    """Whether numbers are read in the ids' places that differ between samples, as positions do not."""
     return read.shape == ids.shape and bool((read != read[:1]).any())
 
 

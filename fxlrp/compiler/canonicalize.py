@@ -63,8 +63,14 @@ def canonicalize(module: fx.GraphModule, inputs: Collection[str] = ()) -> Canoni
 
 
 def _strip(graph: fx.Graph) -> None:
-    """Take out what does nothing: casts to the same dtype, slices of everything, dropout switched off."""
+    """Take out what does nothing: casts to the same dtype, slices of everything, dropout switched off.
+
+    A cast may have laid its operand out anew for a view that follows: views become reshapes, which copy
+    where they must.
+    """
     for node in list(graph.nodes):
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            node.target = torch.ops.aten.reshape.default
         if _does_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)

@@ -56,8 +56,9 @@ class Captured:
     notes: tuple[str, ...]
 
 
-def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True) -> Captured:
-    """Capture the model as it runs on these inputs.
+def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True, exported: bool = True) -> Captured:
+    """Capture the model as it runs on these inputs: for other sizes too if ``dynamic``, and for other values
+    if ``exported``.
 
     Raises:
         InputError: the model itself fails on these inputs.
@@ -74,7 +75,7 @@ def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True) -> Captured
         (STATIC, lambda: _export(model, bound, dynamic=False, portable=True)),
         (TRACE, lambda: _trace(model, bound)),
     ]
-    for method, step in steps if dynamic else steps[2:]:
+    for method, step in steps[-1:] if not exported else steps if dynamic else steps[2:]:
         try:
             with _quiet():
                 captured = step()

@@ -19,6 +19,8 @@ from .graphs import arg
 
 _GRAD_REGION = "wrap_with_set_grad_enabled"
 _AUTOCAST_REGION = "wrap_with_autocast"
+#: Ops that return their operand itself where they have nothing to do. Active dropout is refused.
+_IDLE = ("aten.to", "aten.type_as", "aten.contiguous", "aten.dropout", "aten.feature_dropout")
 
 
 @torch.library.custom_op("fxlrp::stop", mutates_args=())
@@ -184,8 +186,10 @@ def _mark_outputs(region: fx.GraphModule) -> None:
     output = next(n for n in region.graph.nodes if n.op == "output")
 
     def mark(value: Any) -> Any:
+        value = _same_tensor(value)
         if (
             not (isinstance(value, fx.Node) and _is_float(value))
+            or value.op == "placeholder"
             or value.target is torch.ops.fxlrp.stop.default
         ):
             return value
@@ -203,6 +207,36 @@ def _is_float(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
+def _same_tensor(value: Any) -> Any:
+    """The earliest node that is this very tensor: ops that have nothing to do return their operand itself.
+
+    In a region without gradients such an op takes no gradient away, but export lets what follows the region
+    read the operand through it.
+    """
+    while isinstance(value, fx.Node) and value.op == "call_function" and _returns_operand(value):
+        value = value.args[0]
+    return value
+
+
+def _returns_operand(node: fx.Node) -> bool:
+    if str(node.target).rpartition(".")[0] not in _IDLE or not isinstance(node.args[0], fx.Node):
+        return False
+    given, found = node.args[0].meta.get("val"), node.meta.get("val")
+    if not (isinstance(given, Tensor) and isinstance(found, Tensor)) or _copies(node):
+        return False
+    layouts = [(x.dtype, x.device, list(map(str, x.stride()))) for x in (given, found)]
+    return layouts[0] == layouts[1]
+
+
+def _copies(node: fx.Node) -> bool:
+    """Whether a cast is told to copy even where it has nothing to do."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    place = next((i for i, argument in enumerate(schema.arguments) if argument.name == "copy"), None)
+    return place is not None and bool(
+        node.args[place] if place < len(node.args) else node.kwargs.get("copy", False)
+    )
+
+
 def _inline(graph: fx.Graph, node: fx.Node, root: torch.nn.Module) -> None:
     region = _region_of(node, root)
     operands = node.args[_region_position(node) + 1 :]
@@ -216,8 +250,9 @@ def _inline(graph: fx.Graph, node: fx.Node, root: torch.nn.Module) -> None:
         output = next(n for n in region.graph.nodes if n.op == "output")
 
         def leave(value: Any) -> Any:
+            value = _same_tensor(value)
             result = env[value]
-            if not (stops and isinstance(result, fx.Node) and _is_float(result)):
+            if value.op == "placeholder" or not (stops and isinstance(result, fx.Node) and _is_float(result)):
                 return result
             detached = graph.call_function(torch.ops.aten.detach.default, (result,))
             detached.meta = dict(result.meta)

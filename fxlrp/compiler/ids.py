@@ -25,11 +25,14 @@ _MOVES: dict[str, tuple[int, ...] | None] = {
             *("slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind"),
             *("expand", "expand_as", "repeat", "clone", "contiguous", "alias", "detach", "lift_fresh_copy"),
             *("to", "to_copy", "type_as", "long", "clamp", "clamp_min", "masked_fill", "roll", "flip"),
-            *("index_select", "pad", "constant_pad_nd"),
+            *("index", "index_select", "index_fill", "gather", "pad", "constant_pad_nd", "unfold"),
         ),
         (0,),
     ),
     "copy": (1,),
+    "index_put": (0, 2),
+    "masked_scatter": (0, 2),
+    "scatter": (0, 3),
     "where": (1, 2),
     "cat": None,
     "stack": None,
@@ -41,7 +44,6 @@ _ARITHMETIC = (
     *("add", "sub", "rsub", "mul", "remainder", "fmod", "floor_divide"),
     *("bitwise_and", "bitwise_or", "bitwise_xor"),
 )
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def lookups(placeholder: fx.Node) -> list[tuple[fx.Node, tuple[fx.Node, ...]]]:
@@ -93,13 +95,27 @@ def _handed_on(node: fx.Node) -> list[fx.Node]:
     if is_float(node):
         return []
     node = _whole(node)
-    if is_op(node, *_ARITHMETIC):
+    if is_op(node, *_ARITHMETIC) or _sums_window(node):
         return [leaf for leaf in leaves(node) if isinstance(leaf, fx.Node)]
     if not is_op(node, *_MOVES):
         return []
     places = _MOVES[op_name(node.target)]
     operands = node.args if places is None else [node.args[i] for i in places if i < len(node.args)]
     return [leaf for leaf in pytree.tree_leaves(operands) if isinstance(leaf, fx.Node)]
+
+
+def _sums_window(node: fx.Node) -> bool:
+    """Whether a step adds up what arithmetic made of the ids in each window: a hash of several ids."""
+    if not is_op(node, "sum") or len(node.args) < 2:
+        return False
+    last = value(node.args[0]).dim() - 1
+    return node.args[1] in ([-1], [last]) and _unfolded(node.args[0])
+
+
+def _unfolded(node: Any) -> bool:
+    if is_op(node, *_ARITHMETIC):
+        return any(_unfolded(leaf) for leaf in leaves(node))
+    return is_op(node, "unfold")
 
 
 def _read_by(node: fx.Node) -> Any:
@@ -199,7 +215,8 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 
 def _back(node: fx.Node, operand: fx.Node, given: Sequence[Any]) -> Tensor | None:
     """The vjp of a step on ids with respect to one operand, taken as if ids were real numbers: it moves
-    elements. Arithmetic changes an id and not its place. ``given``: the step's operands, the coefficient.
+    elements. Arithmetic changes an id and not its place; the ids of one hash share alike.
+    ``given``: the step's operands, the coefficient.
     """
     step = _whole(node)
     flat, spec = tree(step)
@@ -207,6 +224,9 @@ def _back(node: fx.Node, operand: fx.Node, given: Sequence[Any]) -> Tensor | Non
     *operands, coefficient = given
     if is_op(node, *_ARITHMETIC):
         return coefficient.sum_to_size(operands[_operands(node).index(operand)].shape)  # type: ignore[no-any-return]
+    if _sums_window(node):
+        window = operands[0].shape[-1]
+        return coefficient.reshape(*operands[0].shape[:-1], 1).expand(operands[0].shape) / window  # type: ignore[no-any-return]
 
     def run(*args: Any, **kwargs: Any) -> Any:
         op: Any = step.target
@@ -215,10 +235,10 @@ def _back(node: fx.Node, operand: fx.Node, given: Sequence[Any]) -> Tensor | Non
 
     following = iter(operands)
     found: list[Any] = [next(following) if isinstance(x, fx.Node) else x for x in flat]
+    # Not those that say where: indices stay integers, masks stay truth values.
+    numbers = [*_handed_on(node), *(flat[:1] if is_op(step, "copy") else ())]
     for i, leaf in enumerate(found):
-        if i == at or (
-            isinstance(leaf, Tensor) and leaf.dtype in _INTEGERS and not is_op(step, "index_select")
-        ):
+        if isinstance(leaf, Tensor) and flat[i] in numbers:
             found[i] = leaf.to(coefficient.dtype)
         elif isinstance(leaf, torch.dtype):
             found[i] = coefficient.dtype

@@ -39,6 +39,8 @@ _MOVES: dict[str, tuple[int, ...] | None] = {
     "slice_scatter": (0, 1),
     "select_scatter": (0, 1),
 }
+#: Steps that take a dtype from an operand that they do not hand on.
+_AS_ANOTHER = ("copy", "type_as", "to")
 #: Arithmetic on single ids (offsets, hashes): another id in the same place.
 _ARITHMETIC = (
     *("add", "sub", "rsub", "mul", "remainder", "fmod", "floor_divide"),
@@ -236,7 +238,7 @@ def _back(node: fx.Node, operand: fx.Node, given: Sequence[Any]) -> Tensor | Non
     following = iter(operands)
     found: list[Any] = [next(following) if isinstance(x, fx.Node) else x for x in flat]
     # Not those that say where: indices stay integers, masks stay truth values.
-    numbers = [*_handed_on(node), *(flat[:1] if is_op(step, "copy") else ())]
+    numbers = flat if is_op(step, *_AS_ANOTHER) else _handed_on(node)
     for i, leaf in enumerate(found):
         if isinstance(leaf, Tensor) and flat[i] in numbers:
             found[i] = leaf.to(coefficient.dtype)

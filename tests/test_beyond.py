@@ -123,6 +123,28 @@ def test_attention_by_hand_is_explained_as_the_fused_op(spelling: str, composite
     assert found.ledger.residual < 1e-5
 
 
+def test_rows_masked_throughout_by_a_finite_number() -> None:
+    """Would break: a padded query's scores, all of them the least float, drown the ledger in rounding."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score, self.value, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor, real: Tensor) -> Tensor:
+            scores = self.score(x) @ x.mT
+            both = real[:, None] & real[:, :, None]
+            scores = scores.masked_fill(~both, torch.finfo(scores.dtype).min)
+            weights = (scores + 0.1 * x[:, :, :1]).softmax(-1)
+            return self.head((weights @ self.value(x)).mean(1))
+
+    real = torch.ones(2, 6, dtype=torch.bool)
+    real[1, 4:] = False
+    x = torch.randn(2, 6, 16)
+    for composite in ("attnlrp", "gradient"):
+        assert fxlrp.lrp_compile(Padded().eval(), composite)(x, real).ledger.residual < 1e-5
+
+
 def test_einops(llama: nn.Module) -> None:
     einops = pytest.importorskip("einops")
 

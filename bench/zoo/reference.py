@@ -25,14 +25,17 @@ Target = Callable[[Any], Tensor] | None
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest entry of a field of the output, for models without ``logits`` for each sample."""
+    """The largest entry of a field of the output, for models without ``logits`` for each sample.
+
+    Of several rows for each sample, which follow each other, the largest of all.
+    """
 
     name: str
-    batch: int | None = None
+    rows: int = 1
 
     def __call__(self, output: Any) -> Tensor:
-        found = getattr(output, self.name)
-        largest: Tensor = found.reshape(self.batch or len(found), -1).max(-1).values
+        found = getattr(output, self.name).flatten(1).amax(-1)
+        largest: Tensor = found.unflatten(0, (-1, self.rows)).amax(-1) if self.rows > 1 else found
         return largest
 
 
@@ -46,7 +49,7 @@ def target_of(output: Any, batch: int) -> Target:
         return None
     if isinstance(getattr(output, "logits", None), Tensor):
         if output.logits.shape[0] != batch:  # several streams of tokens for each sample
-            return Largest("logits", batch)
+            return Largest("logits", len(output.logits) // batch)
         return None if output.logits.dim() in (2, 3) else Largest("logits")
     for name, value in output.items():
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:

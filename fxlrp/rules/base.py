@@ -24,6 +24,10 @@ Cotangent = Any
 Pullback = Callable[[Cotangent], tuple["Tensor | None", ...]]
 
 
+#: Magnitude from which on a finite number stands for infinity, as the least one of a dtype does in masks.
+_INFINITE = 1e30
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """An op applied to operands.
@@ -133,9 +137,11 @@ def dot(value: Any, coefficient: Cotangent) -> Tensor:
         if g is None or not isinstance(z, Tensor):
             continue
         # A coefficient of exactly 0: nothing arrives, whatever the value. 0 * inf must not become NaN.
+        # What stands for infinity in a mask has no relevance: times a coefficient's rounding it would drown
+        # all else where a whole row is masked.
         if z.is_complex():
             z, g = torch.view_as_real(z), torch.view_as_real(g.resolve_conj())
-        product = torch.where(g == 0, 0.0, z.double() * g.double())
+        product = torch.where((g == 0) | (z.abs() >= _INFINITE), 0.0, z.double() * g.double())
         total = total + product.sum().to(total.device)
     return total
 

@@ -103,6 +103,12 @@ SPELLINGS: dict[str, list[Callable[[Any, Tensor], Tensor]]] = {
         lambda s, x: F.scaled_dot_product_attention(*(t.unsqueeze(1) for t in parts(s, x))).squeeze(1),
         lambda s, x: eager(*(t.unsqueeze(1) for t in parts(s, x))).squeeze(1),
     ],
+    "a mask cast and sized like what it masks": [
+        lambda s, x: x @ s.w1.T * (s.norm > 0),
+        lambda s, x: (lambda h: h * (s.norm > 0).type_as(h))(x @ s.w1.T),
+        lambda s, x: (lambda h: h * (s.norm > 0).to(h))(x @ s.w1.T),
+        lambda s, x: (lambda h: h * (s.norm > 0).to(s.norm.dtype).expand_as(h))(x @ s.w1.T),
+    ],
     "gated unit, fused or not": [
         lambda s, x: F.silu(F.linear(x, s.qkv[:WIDTH])) * F.linear(x, s.qkv[WIDTH : 2 * WIDTH]),
         lambda s, x: (lambda a, b: F.silu(a) * b)(*F.linear(x, s.qkv[: 2 * WIDTH]).chunk(2, -1)),

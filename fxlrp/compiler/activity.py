@@ -12,7 +12,7 @@ import networkx as nx
 from torch import fx
 
 from ..errors import NoPathError
-from .graphs import is_float, is_op, leaves, placeholders, value
+from .graphs import contents, is_float, is_op, placeholders, value
 from .ids import lookups
 
 #: Ops whose output is floating point but depends on the input's shape only or is piecewise constant.
@@ -95,7 +95,7 @@ def float_edges(graph: fx.Graph) -> nx.DiGraph:
     for node in graph.nodes:
         edges.add_node(node)
         if node.op == "call_function" and carries(node):
-            edges.add_edges_from((operand, node) for operand in leaves(node) if is_float(operand))
+            edges.add_edges_from((operand, node) for operand in contents(node) if is_float(operand))
     return edges
 
 

@@ -26,7 +26,7 @@ from ..rules import (
 from ..rules.activation import op_name
 from ..rules.registry import qualified_name
 from .activity import Source, carries, reachable
-from .graphs import is_float, is_op, leaves, without_casts
+from .graphs import contents, is_float, is_op, leaves, without_casts
 from .plan import Assignment, Plan
 from .provenance import module_path, source_line
 
@@ -93,7 +93,7 @@ def _assignment(node: fx.Node, active: set[fx.Node], composite: Composite, *, st
     operands = leaves(node)
     positions = tuple(
         i
-        for i, leaf in enumerate(operands)
+        for i, leaf in enumerate(contents(node))
         if isinstance(leaf, fx.Node) and leaf in active and is_float(leaf)
     )
     path, name = module_path(node), op_name(node.target)
@@ -236,7 +236,7 @@ def _only_multiplies(node: fx.Node, active: set[fx.Node]) -> bool:
         if not carries(user):
             continue
         kind = kind_of(user.target) if user.op == "call_function" else None
-        others = [x for x in leaves(user) if isinstance(x, fx.Node) and x is not node and x in active]
+        others = [x for x in contents(user) if isinstance(x, fx.Node) and x is not node and x in active]
         if kind in MULTILINEAR | {"division"} and others:
             continue
         if (
@@ -257,7 +257,7 @@ def _weighs_values(node: fx.Node, active: set[fx.Node]) -> bool:
     return bool(users) and all(
         (
             kind_of(u.target) == "matmul"
-            and any(isinstance(x, fx.Node) and x is not node and x in active for x in leaves(u))
+            and any(isinstance(x, fx.Node) and x is not node and x in active for x in contents(u))
         )
         or (u.op == "call_function" and kind_of(u.target) == "structural" and _weighs_values(u, active))
         for u in users
@@ -270,7 +270,7 @@ def _is_gate(node: fx.Node, active: set[fx.Node]) -> bool:
         kind = kind_of(node.target)
         if kind in ("activation", "gate", "softmax"):
             return True
-        nodes = [x for x in leaves(node) if isinstance(x, fx.Node) and x in active]
+        nodes = [x for x in contents(node) if isinstance(x, fx.Node) and x in active]
         if kind not in _TRANSPARENT | {"selection", "division", "product"} or len(set(nodes)) != 1:
             return False
         node = nodes[0]
@@ -292,7 +292,7 @@ def _factors(node: fx.Node, active: set[fx.Node]) -> int:
     if node.op != "call_function":
         return 1
     kind = kind_of(node.target)
-    nodes = [x for x in leaves(node) if isinstance(x, fx.Node) and x in active and is_float(x)]
+    nodes = [x for x in contents(node) if isinstance(x, fx.Node) and x in active and is_float(x)]
     if kind == "matmul" and any(_is_weights(x) for x in nodes):
         return 1  # eager attention is one factor, as the attention op is
     if kind in ("product", "matmul") and len(nodes) > 1:

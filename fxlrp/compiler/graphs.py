@@ -48,6 +48,14 @@ def leaves(node: fx.Node) -> list[Any]:
     return _tree(node)[0]
 
 
+def contents(node: fx.Node) -> list[Any]:
+    """The leaves whose values a node computes with: None in place of one that only gives dtype or size."""
+    found = leaves(node)
+    if is_op(node, "type_as", "to", "expand_as", "view_as", "reshape_as") and len(node.args) > 1:
+        found[1] = None
+    return found
+
+
 def _tree(node: fx.Node) -> tuple[list[Any], Any]:
     return pytree.tree_flatten((_plain(node.args), dict(node.kwargs)))
 

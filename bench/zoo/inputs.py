@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .build import first_line
 from .config import parts
-from .overrides import FLOATS, PIXELS
+from .overrides import DECODERS, FLOATS, PIXELS
 from .rows import Row
 from .sizes import is_int
 
@@ -108,7 +108,7 @@ class _Maker:
         """Whether the call names the decoder's ids."""
         return (
             self.row.task in ("seq2seq", "itt", "itt_img", "masked_lm")
-            and bool(getattr(self.config, "is_encoder_decoder", False))
+            and (getattr(self.config, "is_encoder_decoder", False) or self.row.model in DECODERS)
             and "decoder_input_ids" in self.accepted
         )
 
@@ -125,7 +125,7 @@ class _Maker:
     def text(self) -> Iterator[Example]:
         key = "input_ids" if "input_ids" in self.accepted else "inputs"
         ids = self.ids(self.length)
-        sizes = {"batch": self.batch, "length": self.length}
+        sizes = {"batch": self.batch, "length": self.length, "frames": 8 * self.length}
         extra: dict[str, Any] = {
             name: self.floats(*(sizes.get(s, s) for s in shape))
             for name, shape in FLOATS.get(self.row.model, {}).items()

@@ -124,6 +124,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "minicpmv4_7": {"image_token_id": 100},
     "ministral": {"rope_parameters": _ROPE, "head_dim": 16},
     "mobilevitv2": {"base_attn_unit_dims": DEFAULT, "image_size": 128},
+    "mistral_large4_text": {"kv_source_layers": DEFAULT},
     "mllama_text_model": {"cross_attention_layers": [1]},
     "mllama_vision_model": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 192},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
@@ -155,10 +156,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "sam_vision_model": {"global_attn_indexes": [0, 1]},
     "shieldgemma2": {"yes_token_index": 20, "no_token_index": 21},
-    "step3p7_text": {"sliding_window": 8},
+    "step3p5": {"sliding_window": 8},
     "swin": _WINDOWS,
     "swinv2": {**_WINDOWS, "pretrained_window_sizes": (0, 0)},
     "textnet": {"hidden_sizes": DEFAULT, "stem_out_channels": DEFAULT, "image_size": [64, 64]},
+    "udop": {"relative_attention_num_buckets": 32},
+    "unlimited_ocr_sam_vision_model": {"downsample_channels": [64, 64]},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
@@ -213,10 +217,15 @@ PAIRS: dict[str, tuple[str, str]] = {
 }
 PAIR_DECODER: dict[str, Any] = {"is_decoder": True, "add_cross_attention": True}
 
-#: Float inputs that a text model's call needs besides ids: their shapes by name.
+#: Model types whose call names the decoder's ids though their config does not say that they have a decoder.
+DECODERS = ("diffusion_gemma",)
+#: Float inputs that a text model's call needs besides ids: their shapes by name. ``frames`` are eight for
+#: each id.
 FLOATS: dict[str, dict[str, tuple[Any, ...]]] = {
     "bros": {"bbox": ("batch", "length", 4)},
     "lxmert": {"visual_feats": ("batch", 4, 64), "visual_pos": ("batch", 4, 4)},
+    "udop": {"bbox": ("batch", "length", 4)},
+    "voxtral_realtime": {"input_features": ("batch", 16, "frames")},
 }
 
 _GRID = [[x, y] for y in range(4) for x in range(4)]
@@ -248,4 +257,10 @@ PIXELS: dict[str, Callable[[int], dict[str, Any]]] = {
         ("muse_glimmer", "muse_spark"),
         lambda n: {"pixel_values": (16 * n, 384), "image_grid_thw": [[1, 4, 4]] * n},
     ),
+    "udop": lambda n: {"pixel_values": (n, 3, 32, 32), "bbox": [[[0.2, 0.2, 0.6, 0.6]] * 6] * n},
+    "video_llama_3": lambda n: {
+        "pixel_values": (16 * n, 192),
+        "image_grid_thw": [[1, 4, 4]] * n,
+        "image_merge_sizes": [2] * n,
+    },
 }

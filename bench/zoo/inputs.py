@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .build import first_line
 from .config import parts
-from .overrides import FLOATS, PIXELS
+from .overrides import DECODERS, FLOATS, PIXELS
 from .rows import Row
 from .sizes import is_int
 
@@ -108,7 +108,7 @@ class _Maker:
         """Whether the call names the decoder's ids."""
         return (
             self.row.task in ("seq2seq", "itt", "itt_img", "masked_lm")
-            and bool(getattr(self.config, "is_encoder_decoder", False))
+            and (getattr(self.config, "is_encoder_decoder", False) or self.row.model in DECODERS)
             and "decoder_input_ids" in self.accepted
         )
 

@@ -217,6 +217,8 @@ PAIRS: dict[str, tuple[str, str]] = {
 }
 PAIR_DECODER: dict[str, Any] = {"is_decoder": True, "add_cross_attention": True}
 
+#: Model types whose call names the decoder's ids though their config does not say that they have a decoder.
+DECODERS = ("diffusion_gemma",)
 #: Float inputs that a text model's call needs besides ids: their shapes by name. ``frames`` are eight for
 #: each id.
 FLOATS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -236,7 +238,6 @@ PIXELS: dict[str, Callable[[int], dict[str, Any]]] = {
     "gemma4": lambda n: {"pixel_values": (n, 16, 192), "image_position_ids": [_GRID] * n},
     "gemma4_unified": lambda n: {"pixel_values": (n, 16, 1728), "image_position_ids": [_GRID] * n},
     "granite_docling": lambda n: {"pixel_values": (n, 1, 3, 32, 32), "pixel_attention_mask": [[True]] * n},
-    "inkling2": lambda n: {"pixel_values": (32 * n, 192), "image_grid_thw": [[2, 4, 4]] * n},
     "lfm2_vl": lambda n: {
         "pixel_values": (n, 16, 192),
         "spatial_shapes": [[4, 4]] * n,

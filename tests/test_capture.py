@@ -303,6 +303,26 @@ def test_one_trace_serves_all_batch_sizes_and_lengths() -> None:
     assert sum(map(len, explainer._traces.values())) == 1
 
 
+class Chunked(Block):
+    """Pads the sequence to whole chunks, as linear attention in chunks does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        h = F.pad(h, (0, 0, 0, (8 - h.shape[1] % 8) % 8))
+        return self.last(h.unflatten(1, (-1, 8)).cumsum(2).sum(1)).sum(1)
+
+
+def test_padding_takes_all_lengths() -> None:
+    """Would break: padding or its derivative as PyTorch traces it by itself, which fixes the length."""
+    model = Chunked().eval()
+    explainer = fxlrp.lrp_compile(model, "gradient", backend="eager")
+    for length in (5, 7):
+        x = torch.randn(2, length, 6)
+        torch.testing.assert_close(explainer(x).relevance, autograd_reference(model, x))
+        assert explainer.plan.notes == (f"captured by {DYNAMIC}",)
+    assert sum(map(len, explainer._traces.values())) == 1
+
+
 def test_a_shape_that_the_trace_does_not_admit_is_traced_anew() -> None:
     """A model that specialises on its length: retrace, not a wrong answer."""
 

@@ -149,7 +149,8 @@ def _trace(model: nn.Module, bound: Bound) -> Captured:
     with torch.enable_grad(), _without_autocast(model):
         traced = _trace_values(flat, bound.tensors)
         if depends_on_data(traced):
-            traced = _trace_values(AsTheDataLead(traced).run, bound.tensors)
+            with fx.traceback.preserve_node_meta():
+                traced = _trace_values(AsTheDataLead(traced).run, bound.tensors)
         _refuse_random(traced)
         program = torch.export.export(_Positional(traced), bound.tensors, strict=False)
     graph = _unlift(functionalize(program), bound.names)
@@ -168,7 +169,12 @@ def _trace(model: nn.Module, bound: Bound) -> Captured:
 
 def _trace_values(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> fx.GraphModule:
     traced: fx.GraphModule = make_fx(
-        function, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False
+        function,
+        tracing_mode="real",
+        pre_dispatch=True,
+        record_module_stack=isinstance(function, nn.Module),
+        record_stack_traces=True,
+        _error_on_data_dependent_ops=False,
     )(*tensors)
     return traced
 
@@ -181,7 +187,8 @@ class _Positional(nn.Module):
         self.model = model
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.model(*tensors))
+        with fx.traceback.preserve_node_meta():  # module paths and source lines go along
+            return tuple(fx.Interpreter(self.model).run(*tensors))
 
 
 def _widened(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

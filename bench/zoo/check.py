@@ -157,7 +157,7 @@ def _moves(reference: Reference, name: str) -> bool:
 
 
 def _explain(row: Row, case: Case, result: dict[str, Any], show: Callable[[str], None] | None) -> None:
-    explainer = fxlrp.lrp_compile(case.model, backend="eager")
+    explainer = fxlrp.lrp_compile(case.model, COMPOSITES[0], backend="eager")
     arguments = {**case.example.inputs, "target": case.target}
     result["call"] = case.example.name
     result["notes"] = [] if case.repeats else ["the model itself gives another output when it is run again"]
@@ -173,8 +173,10 @@ def _explain(row: Row, case: Case, result: dict[str, Any], show: Callable[[str],
     result["forward"] = float(gap)
     result["ledger"] = {}
     for name in COMPOSITES:
-        by_composite = explainer.with_composite(name)
-        explanation = by_composite(**arguments)
+        by_composite = explainer
+        if name != COMPOSITES[0]:
+            by_composite = explainer.with_composite(name)
+            explanation = by_composite(**arguments)
         result["ledger"][name] = explanation.ledger.residual
         if show is not None:
             show(f"\n{name}\n{by_composite.plan if name == 'attnlrp' else ''}\n{explanation.ledger}")

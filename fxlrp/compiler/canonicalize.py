@@ -10,9 +10,10 @@ from torch import Tensor, fx
 
 from .activity import Dependence
 from .expand import expand
-from .graphs import copy_graph, is_float, is_op, outputs, propagate, value
+from .graphs import copy_graph, fake_mode, is_float, is_op, outputs, propagate, value
 from .patterns import Match, Miss, is_gate_of, match_attention, match_norm, match_self_gate
 from .provenance import inherit
+from .template import Templates
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,12 +25,14 @@ class Canonical:
         hits: how often each pattern fired.
         misses: what almost matched, and why it did not.
         widened: whether steps that the model takes in float32 are taken in its own float64.
+        templates: what was traced for its nodes so far, which composites and targets share.
     """
 
     graph: fx.GraphModule
     hits: dict[str, int]
     misses: tuple[str, ...]
-    widened: bool = False
+    widened: bool
+    templates: Templates
 
 
 def canonicalize(module: fx.GraphModule, inputs: Collection[str] = ()) -> Canonical:
@@ -59,7 +62,7 @@ def canonicalize(module: fx.GraphModule, inputs: Collection[str] = ()) -> Canoni
     new.graph.eliminate_dead_code()
     new.graph.lint()
     new.recompile()
-    return Canonical(new, hits, tuple(misses), widened)
+    return Canonical(new, hits, tuple(misses), widened, Templates(fake_mode(new.graph)))
 
 
 def _strip(graph: fx.Graph) -> None:

@@ -83,6 +83,6 @@ def build(
     rule_graph = verify_rules(rewrite(graph, plan), plan)
     nodes = {node.name: node for node in rule_graph.graph.nodes}
     moved = [s.moved(nodes) for s in plan.sources]
-    relevance = transpose(rule_graph, moved, seed, latents=dict(latents or {}))
+    relevance = transpose(rule_graph, moved, seed, latents=dict(latents or {}), templates=canonical.templates)
     verify_relevance(relevance.graph)
     return Program(Plan(plan.rows, tuple(moved), (*notes, *canonical.misses)), rule_graph, relevance, seed)

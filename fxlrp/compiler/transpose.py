@@ -37,7 +37,12 @@ class Relevance:
 
 
 def transpose(
-    module: fx.GraphModule, sources: Sequence[Source], seed: Seed, *, latents: dict[str, str] | None = None
+    module: fx.GraphModule,
+    sources: Sequence[Source],
+    seed: Seed,
+    *,
+    latents: dict[str, str] | None = None,
+    templates: Templates | None = None,
 ) -> Relevance:
     """Differentiate the rule graph into its relevance graph.
 
@@ -46,8 +51,10 @@ def transpose(
         sources: where the explained inputs enter.
         seed: the explained scalar as a function of the graph's outputs.
         latents: names to report by, and the nodes whose relevance is returned too.
+        templates: of rule nodes, where other runs on the same captured graph have traced some.
     """
-    return _Transposition(module, tuple(sources), seed, dict(latents or {})).run()
+    own = Templates(fake_mode(module.graph))
+    return _Transposition(module, tuple(sources), seed, dict(latents or {}), own, templates or own).run()
 
 
 @dataclass(eq=False)
@@ -58,6 +65,8 @@ class _Transposition:
     sources: tuple[Source, ...]
     seed: Seed
     latents: dict[str, str]
+    templates: Templates
+    of_rules: Templates
     graph: fx.Graph = field(default_factory=fx.Graph)
     values: dict[fx.Node, Any] = field(default_factory=dict)
     cotangents: dict[fx.Node, Any] = field(default_factory=dict)
@@ -66,7 +75,6 @@ class _Transposition:
     joined: dict[fx.Node, tuple[Any, list[fx.Node], int]] = field(default_factory=dict)
 
     def run(self) -> Relevance:
-        self.templates = Templates(fake_mode(self.module.graph))
         nodes = [n for n in self.module.graph.nodes if n.op != "output"]
         for node in nodes:
             self._forward(node)
@@ -153,7 +161,7 @@ class _Transposition:
         # A coefficient looks like the output that it belongs to.
         seeds = [v for v, p in zip(result_leaves, present, strict=True) if p]
         key = (step_op, str(spec), tuple((type(c), str(c)) for c in constants))
-        template = self.templates.get(key, joint, [*(value(x) for x in operands), *seeds])
+        template = self.of_rules.get(key, joint, [*(value(x) for x in operands), *seeds])
         self.joined[node] = (template, operands, len(result_leaves))
         return self.joined[node]
 

@@ -4,8 +4,8 @@ The ladder: ``torch.export`` with dynamic sizes, ``torch.export`` for these size
 very input. Each step must reproduce the model's own output on the inputs at hand, else the next one is tried.
 
 Models may ask ``torch.compiler.is_exporting()`` and write kernels out as loops for runtimes that lack them.
-An explanation runs where the model runs, so exports are tried first as if under ``torch.compile``, where the
-answer is no, and only then with it.
+An explanation runs where the model runs, so each step is tried first as if under ``torch.compile``, where the
+answer is no, and then without: an export as one, a trace as the model runs by itself.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ from .shapes import Shapes
 from .verify import verify_functional
 
 DYNAMIC, STATIC, TRACE = "dynamic export", "static export", "trace of this input"
+
+
+#: What a model runs in while it is traced.
+_Region = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +73,15 @@ def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True, exported: b
     expected = run_model(model, bound)
     failures: list[Failure] = []
     steps: list[tuple[str, Callable[[], Captured]]] = [
-        (DYNAMIC, lambda: _export(model, bound, dynamic=True, portable=False)),
-        (DYNAMIC, lambda: _export(model, bound, dynamic=True, portable=True)),
-        (STATIC, lambda: _export(model, bound, dynamic=False, portable=False)),
-        (STATIC, lambda: _export(model, bound, dynamic=False, portable=True)),
-        (TRACE, lambda: _trace(model, bound)),
+        (DYNAMIC, lambda: _export(model, bound, _as_under_compile, dynamic=True)),
+        (DYNAMIC, lambda: _export(model, bound, contextlib.nullcontext, dynamic=True)),
+        (STATIC, lambda: _export(model, bound, _as_under_compile, dynamic=False)),
+        (STATIC, lambda: _export(model, bound, contextlib.nullcontext, dynamic=False)),
+        (TRACE, lambda: _trace(model, bound, _as_under_compile)),
+        (TRACE, lambda: _trace(model, bound, contextlib.nullcontext)),
     ]
-    for method, step in steps[-1:] if not exported else steps if dynamic else steps[2:]:
+    first = 0 if dynamic and exported else 2 if exported else 4
+    for method, step in steps[first:]:
         try:
             with _quiet():
                 captured = step()
@@ -103,28 +109,26 @@ def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True, exported: b
 class _Flat(nn.Module):
     """The model as a function of its input tensors only, with its output as a flat tuple of tensors."""
 
-    def __init__(
-        self, model: nn.Module, bound: Bound, found: list[Outputs], *, portable: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, bound: Bound, found: list[Outputs], region: _Region) -> None:
         super().__init__()
         self.model = model
         self.bound = bound
         self.found = found
-        self.portable = portable
+        self.region = region
         self.autocast = ambient_autocast(model)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.bound.rebuild(tensors)
-        region = (
+        autocast = (
             torch.autocast(self.autocast[0], self.autocast[1]) if self.autocast else contextlib.nullcontext()
         )
-        with region, contextlib.nullcontext() if self.portable else _as_under_compile():
+        with autocast, self.region():
             flat, outputs = flatten_output(self.model(*args, **kwargs))
         self.found.append(outputs)
         return flat
 
 
-def _export(model: nn.Module, bound: Bound, *, dynamic: bool, portable: bool) -> Captured:
+def _export(model: nn.Module, bound: Bound, region: _Region, *, dynamic: bool) -> Captured:
     found: list[Outputs] = []
     tensors = bound.tensors
     sizes: Any = None
@@ -132,7 +136,7 @@ def _export(model: nn.Module, bound: Bound, *, dynamic: bool, portable: bool) ->
         tensors = _widened(tensors)
         auto = torch.export.Dim.AUTO
         sizes = {"tensors": tuple(dict.fromkeys(_dynamic_dims(t), auto) for t in tensors)}
-    flat = _Flat(model, bound, found, portable=portable)
+    flat = _Flat(model, bound, found, region)
     with torch.enable_grad(), _without_autocast(model):
         program = torch.export.export(flat, tensors, dynamic_shapes=sizes, strict=False)
     _refuse_random(program.graph_module)
@@ -142,10 +146,10 @@ def _export(model: nn.Module, bound: Bound, *, dynamic: bool, portable: bool) ->
     return Captured(graph, found[-1], Shapes.of(placeholders), DYNAMIC if dynamic else STATIC, ())
 
 
-def _trace(model: nn.Module, bound: Bound) -> Captured:
+def _trace(model: nn.Module, bound: Bound, region: _Region) -> Captured:
     """The model as it runs on this very input: branches on data as they fall, then exported as usual."""
     found: list[Outputs] = []
-    flat = _Flat(model, bound, found)
+    flat = _Flat(model, bound, found, region)
     with torch.enable_grad(), _without_autocast(model):
         traced = _trace_values(flat, bound.tensors)
         if depends_on_data(traced):

@@ -303,6 +303,20 @@ def test_one_trace_serves_all_batch_sizes_and_lengths() -> None:
     assert sum(map(len, explainer._traces.values())) == 1
 
 
+def test_failed_attempts_are_told_by_the_plan_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    """Would break: PyTorch's tracebacks and graphs on the terminal for a model that is then captured."""
+
+    class Branches(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.last(torch.relu(h) if h.sum() > 0 else torch.tanh(h)).sum(1)
+
+    explainer = fxlrp.lrp_compile(Branches().eval(), backend="eager")
+    explainer(torch.randn(2, 5, 6))
+    assert any("not captured by dynamic export" in note for note in explainer.plan.notes)
+    assert capfd.readouterr().err == ""
+
+
 class Chunked(Block):
     """Pads the sequence to whole chunks, as linear attention in chunks does."""
 

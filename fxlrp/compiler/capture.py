@@ -11,6 +11,8 @@ answer is no, and then without: an export as one, a trace as the model runs by i
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,6 +35,8 @@ from .provenance import module_path, source_line
 from .shapes import Shapes
 from .verify import verify_functional
 
+#: Loggers that write tracebacks and graphs where an export fails.
+_TALKATIVE = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 DYNAMIC, STATIC, TRACE = "dynamic export", "static export", "trace of this input"
 
 
@@ -329,6 +333,18 @@ def _as_under_compile() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Without what PyTorch logs, warns and prints about attempts that fail: the report tells of them."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    for logger in loggers:
+        logger.addFilter(_nothing)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False

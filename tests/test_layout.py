@@ -78,6 +78,23 @@ def test_the_package_names_no_architecture() -> None:
     assert not found, "the compiler knows ops and patterns, not architectures (line 0: the file's name)"
 
 
+def test_the_package_names_nothing_of_transformers() -> None:
+    """No class of the library, and of its model types only those that are words of other meaning too."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    words = {
+        word
+        for path in source_files()
+        for word in re.findall(r"[A-Za-z_]\w*", path.read_text(encoding="utf-8"))
+    }
+    classes = {name for name in dir(transformers) if name[:1].isupper()}
+    assert len(classes) > 1000
+    assert not words & classes
+    types = {name.replace("-", "_") for name in CONFIG_MAPPING_NAMES}
+    assert {word.lower() for word in words} & types <= {"align", "clip", "phi"}
+
+
 def imported_packages(source: str) -> set[str]:
     """The top-level names of every import in the source, in functions and under conditions too."""
     names = set()

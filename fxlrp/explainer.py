@@ -122,6 +122,15 @@ class _Trace:
 
 
 @dataclass(frozen=True, eq=False)
+class _Compiled:
+    """A program, how it is run, and whether it is more than a trace of one very input."""
+
+    program: Program
+    runner: Runner
+    serves_others: bool
+
+
+@dataclass(frozen=True, eq=False)
 class _Call:
     """What a call used; a later one inside ``torch.compile`` uses the same.
 
@@ -161,7 +170,7 @@ class Explainer:
     latents: tuple[str, ...]
     inputs: tuple[str, ...] = ()
     _traces: dict[Any, list[_Trace]] = field(default_factory=dict, repr=False)
-    _programs: dict[Any, tuple[Program, Runner]] = field(default_factory=dict, repr=False)
+    _programs: dict[Any, _Compiled] = field(default_factory=dict, repr=False)
     _function_traces: dict[Any, _Trace] = field(default_factory=dict, repr=False)
     _last: _Call | None = field(default=None, repr=False)
     _parameters: tuple[str, ...] = field(default=(), repr=False)
@@ -199,11 +208,12 @@ class Explainer:
         refuse_unknown(bound, self.inputs)
         trace = self._trace(bound)
         operands = self._operands(trace, bound, wanted)
-        program, runner = self._program(trace, bound, wanted)
+        compiled = self._program(trace, bound, wanted)
+        program = compiled.program
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         constants = {name: v for name, v in given.items() if not isinstance(v, Tensor)}
-        self._last = _Call(program, bound.names, constants, wanted.key, trace.values is None)
-        relevance, scalar, coefficients, latents = runner(*bound.tensors, *operands)
+        self._last = _Call(program, bound.names, constants, wanted.key, compiled.serves_others)
+        relevance, scalar, coefficients, latents = compiled.runner(*bound.tensors, *operands)
         if not any(t.dim() > 0 and t.shape[0] == scalar.shape[0] for t in bound.tensors):
             raise TargetError(
                 f"The target gives {scalar.shape[0]} scalars for inputs of shapes "
@@ -303,7 +313,7 @@ class Explainer:
             trace.verified.add(ones)
         return True
 
-    def _program(self, trace: _Trace, bound: Bound, target: Target) -> tuple[Program, Runner]:
+    def _program(self, trace: _Trace, bound: Bound, target: Target) -> _Compiled:
         if isinstance(target, Function) and trace.captured.shapes.is_dynamic:
             trace = self._trace_for_function(trace, bound, target)
         try:
@@ -326,10 +336,14 @@ class Explainer:
         fixed = self._capture(bound, dynamic=False, exported=exported)
         fixed = replace(fixed, captured=replace(fixed.captured, notes=(*fixed.captured.notes, note)))
         for key, traces in self._traces.items():
-            self._traces[key] = [fixed if known is trace else known for known in traces]
+            if any(known is trace for known in traces):  # of traces of one input, one is enough
+                self._traces[key] = [*(t for t in traces if t is not trace and t.values is None), fixed]
+        for where, known in self._function_traces.items():
+            if known is trace:
+                self._function_traces[where] = fixed
         return fixed
 
-    def _built(self, trace: _Trace, bound: Bound, target: Target) -> tuple[Program, Runner]:
+    def _built(self, trace: _Trace, bound: Bound, target: Target) -> _Compiled:
         rows, seed = self._seed(trace, bound, target)
         key = (trace, target.key, rows)
         if key not in self._programs:
@@ -350,7 +364,7 @@ class Explainer:
             if isinstance(target, Function):
                 _keep_last(self._programs, _KEPT_FUNCTIONS - 1, lambda k: k[1][0] == "Function")
             runner = lower(program.relevance.graph, self.backend, bound.tensors[0].device)
-            self._programs[key] = (program, runner)
+            self._programs[key] = _Compiled(program, runner, trace.values is None)
         return self._programs[key]
 
     def _trace_for_function(self, trace: _Trace, bound: Bound, target: Function) -> _Trace:
@@ -372,8 +386,7 @@ class Explainer:
 
     def _function_holds(self, trace: _Trace, bound: Bound, target: Function) -> bool:
         try:
-            _, runner = self._built(trace, bound, target)
-            found = runner(*bound.tensors)[1]
+            found = self._built(trace, bound, target).runner(*bound.tensors)[1]
             expected = target.function(self._run_model(bound))
         except Exception:  # a trace of these sizes will tell whether it is the function's fault
             return False

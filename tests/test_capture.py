@@ -501,6 +501,10 @@ def test_a_derivative_that_takes_no_sizes_from_data_is_taken_of_a_trace() -> Non
         (gradient,) = torch.autograd.grad(model(leaf, sides).max(-1).values.sum(), leaf)
         torch.testing.assert_close(explainer(x, sides).relevance, x * gradient)
     assert "not built for all values" in str(explainer.plan)
+    (traces,) = explainer._traces.values()
+    assert len(traces) == 1
+    with pytest.raises(fxlrp.CaptureError, match="a trace of that very input"):
+        explainer._compiled((x, sides), {}, None)  # what torch.compile of a caller inlines
 
 
 class Ragged(Block):

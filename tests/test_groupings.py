@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 import fxlrp
 from fxlrp.compiler.lower import lower
-from fxlrp.rules import Taylor
+from fxlrp.rules import Call, Epsilon, Linearization, Taylor
 
 WIDTH = 8
 Step = Callable[["Parts", Tensor], Tensor]
@@ -186,7 +187,35 @@ def test_a_ledger_does_not_close_over_wrong_relevance() -> None:
     node = next(n for n in reversed(explainer.relevance_graph.graph.nodes) if "mul" in n.name)
     node.args = (node.args[0], 0.5)
     explainer._programs = {
-        key: (program, lower(program.relevance.graph, "eager", x.device))
-        for key, (program, _) in explainer._programs.items()
+        key: replace(compiled, runner=lower(compiled.program.relevance.graph, "eager", x.device))
+        for key, compiled in explainer._programs.items()
     }
     assert explainer(x).ledger.residual > 1e-2
+
+
+def test_composites_share_templates_but_not_rules() -> None:
+    """Would break: nothing is shared, or a rule that compares equal to another is taken for it."""
+
+    class Scaled(Epsilon):  # no dataclass of its own: compares by epsilon alone
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            object.__setattr__(self, "factor", factor)
+
+        def linearize(self, call: Call) -> Linearization:
+            step = super().linearize(call)
+            scale = torch.tensor(self.factor)  # a tensor of the rule's own
+            return Linearization(step.output, lambda g: tuple(scale * x for x in step.pullback(g)))
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3)).eval()
+    x = torch.rand(2, 4)
+    explainer = fxlrp.lrp_compile(model)
+    plain = explainer(x, target=0)
+    ((trace,),) = explainer._traces.values()
+    known = len(trace.canonical.templates)
+    assert known > 0
+    explainer.with_composite("cp")(x, target=0)
+    assert len(trace.canonical.templates) == known  # the same rules in this model
+    for factor in (2.0, 3.0):
+        scaled = fxlrp.Composite([(fxlrp.op("linear"), Scaled(factor))])
+        found = explainer.with_composite(scaled)(x, target=0)
+        torch.testing.assert_close(found.relevance, plain.relevance * factor**2)

@@ -13,8 +13,9 @@ import fxlrp
 class Biased(nn.Module):
     """A graph Transformer's layer: nodes with types, attention biased by looked-up distances of pairs."""
 
-    def __init__(self) -> None:
+    def __init__(self, fused: bool = True) -> None:
         super().__init__()
+        self.fused = fused
         self.kind, self.degree = nn.Embedding(20, 8), nn.Embedding(5, 8)
         self.distance = nn.Embedding(6, 2)
         self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 3)
@@ -23,13 +24,16 @@ class Biased(nn.Module):
         x = self.kind(kinds) + self.degree(degrees)
         q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
         bias = self.distance(distances).permute(0, 3, 1, 2)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            mixed = ((q @ k.mT) * q.shape[-1] ** -0.5 + bias).softmax(-1) @ v
         return self.head((scale * mixed.transpose(1, 2).flatten(2)).mean(1))
 
 
-@pytest.fixture
-def model() -> nn.Module:
-    return Biased().eval().requires_grad_(False).double()
+@pytest.fixture(params=[True, False], ids=["fused", "eager"])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return Biased(request.param).eval().requires_grad_(False).double()
 
 
 def graph(batch: int = 2, nodes: int = 5) -> dict[str, Tensor]:
@@ -96,10 +100,23 @@ def test_unknown_name(model: nn.Module) -> None:
         fxlrp.lrp_compile(model, inputs=("ids",))(**graph())
 
 
-def test_name_without_a_path(model: nn.Module) -> None:
+def test_name_that_the_composite_freezes(model: nn.Module) -> None:
+    """Would break: a named input that is missing from the result without a word."""
+    with pytest.raises(fxlrp.NoPathError, match=r"the input 'distances'.*composite.*'kinds'"):
+        fxlrp.lrp_compile(model, "cp", inputs=("kinds", "distances"))(**graph())
+
+
+def test_name_that_is_one_of_python() -> None:
+    """Would break: names compared with those of nodes, which fx changes where they are builtins."""
+    linear = nn.Linear(4, 3)
+    explanation = fxlrp.lrp_compile(nn.Sequential(linear), inputs="input")(torch.rand(2, 4))
+    assert explanation.relevance.shape == (2, 4)
+
+
+def test_name_without_a_path() -> None:
     class Ignores(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return x.sum(-1, keepdim=True) + 0 * y.detach()
 
-    with pytest.raises(fxlrp.NoPathError, match=r"from the input 'y'.*'x'"):
+    with pytest.raises(fxlrp.NoPathError, match=r"the input 'y'.*'x'"):
         fxlrp.lrp_compile(Ignores(), inputs=("x", "y"))(torch.rand(2, 3), torch.rand(2, 3))

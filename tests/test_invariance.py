@@ -109,6 +109,10 @@ SPELLINGS: dict[str, list[Callable[[Any, Tensor], Tensor]]] = {
         lambda s, x: (lambda h: h * (s.norm > 0).to(h))(x @ s.w1.T),
         lambda s, x: (lambda h: h * (s.norm > 0).to(s.norm.dtype).expand_as(h))(x @ s.w1.T),
     ],
+    "a gate like which a mask is cast": [
+        lambda s, x: torch.sigmoid(x @ s.w1.T) * (x @ s.w2.T) + (s.norm > 0).to(s.norm.dtype),
+        lambda s, x: (lambda g: g * (x @ s.w2.T) + (s.norm > 0).type_as(g))(torch.sigmoid(x @ s.w1.T)),
+    ],
     "gated unit, fused or not": [
         lambda s, x: F.silu(F.linear(x, s.qkv[:WIDTH])) * F.linear(x, s.qkv[WIDTH : 2 * WIDTH]),
         lambda s, x: (lambda a, b: F.silu(a) * b)(*F.linear(x, s.qkv[: 2 * WIDTH]).chunk(2, -1)),

@@ -178,6 +178,34 @@ class Shifted(nn.Module):
         return self.head(self.first(shifted).relu().mean(1) + self.second(ids.clamp(min=3)).mean(1))
 
 
+@pytest.mark.parametrize("step", ["cat", "stack", "where"])
+def test_ids_that_one_step_takes_twice(step: str) -> None:
+    """Would break: only the first of the places that a step gives the same ids gets relevance."""
+    steps = {
+        "cat": lambda ids: torch.cat([ids, ids], 1),
+        "stack": lambda ids: torch.stack([ids] * 3, 1).flatten(1),
+        "where": lambda ids: torch.where(ids > 5, ids, ids),
+    }
+
+    class Repeats(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.table(steps[step](ids)).cumsum(1))[:, -1])
+
+    model, ids = Repeats().eval(), torch.tensor([[9, 6, 3, 5], [4, 2, 7, 8]])
+    explanation = fxlrp.lrp_compile(model, "gradient")(ids, target=1)
+    read = steps[step](ids)
+    leaf = model.table(read).detach().requires_grad_()
+    score = model.head(torch.tanh(leaf.cumsum(1))[:, -1])[:, 1].sum()
+    by_place = (torch.autograd.grad(score, leaf)[0] * leaf).sum(-1).detach()
+    expected = ((ids[:, :, None] == read[:, None]) * by_place[:, None]).sum(-1)
+    torch.testing.assert_close(explanation.relevance, expected)
+    assert explanation.ledger.by_cause().get("constant", torch.zeros(2)).abs().max() < 1e-6
+
+
 def test_relevance_returns_to_the_ids_own_positions() -> None:
     """Would break: relevance of looked-up positions handed out as that of input positions."""
     model = Shifted().eval()

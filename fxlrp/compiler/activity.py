@@ -136,14 +136,30 @@ def explained(
 
 
 def _named(sources: Sequence[Source], inputs: Collection[str]) -> tuple[Source, ...]:
-    found = tuple(s for s in sources if s.input.name in inputs)
-    missing = sorted(set(inputs) - {s.input.name for s in found})
+    found = tuple(s for s in sources if input_name(s.input) in inputs)
+    refuse_missing(found, inputs)
+    return found
+
+
+def refuse_missing(sources: Sequence[Source], inputs: Collection[str]) -> None:
+    """Refuse named inputs that no relevance reaches.
+
+    Raises:
+        NoPathError: with the first of them.
+    """
+    reached = {input_name(s.input) for s in sources}
+    missing = sorted(set(inputs) - reached)
     if missing:
         raise NoPathError(
-            f"No differentiable path leads from the input '{missing[0]}' to the target, so it cannot be "
-            f"explained; one leads from {', '.join(sorted({repr(s.input.name) for s in sources})) or 'none'}."
+            f"No relevance reaches the input '{missing[0]}': no differentiable path leads from it to the "
+            "target, or the composite freezes what it goes through. Leave it out of inputs=, or choose "
+            f"another composite. Reached: {', '.join(map(repr, sorted(reached))) or 'none'}."
         )
-    return found
+
+
+def input_name(placeholder: fx.Node) -> str:
+    """An input's own name; its node may be called otherwise, where the name is one of Python's."""
+    return str(placeholder.target)
 
 
 def _without_masks(edges: nx.DiGraph, graph: fx.Graph) -> nx.DiGraph:
@@ -173,24 +189,28 @@ class Dependence:
     """Which inputs each node's floating point data comes from."""
 
     _sources: dict[fx.Node, frozenset[fx.Node]]
+    _named: frozenset[str]
 
     @staticmethod
-    def of(module: fx.GraphModule) -> Dependence:
-        """For all nodes of a graph."""
+    def of(module: fx.GraphModule, inputs: Collection[str] = ()) -> Dependence:
+        """For all nodes of a graph; ``inputs`` are explained whatever they are used for."""
         edges = _without_masks(float_edges(module.graph), module.graph)
         reached: dict[fx.Node, set[fx.Node]] = {}
         for source in candidates(module.graph):
             for node in {source.node} | nx.descendants(edges, source.node):
                 reached.setdefault(node, set()).add(source.input)
-        return Dependence({node: frozenset(inputs) for node, inputs in reached.items()})
+        return Dependence({node: frozenset(found) for node, found in reached.items()}, frozenset(inputs))
 
     def sources_of(self, node: fx.Node) -> frozenset[fx.Node]:
         """The inputs that a node's data comes from."""
         return self._sources.get(node, frozenset())
 
-    def entangled(self, first: fx.Node, second: fx.Node) -> bool:
-        """Whether two nodes' data come from a common input."""
-        return bool(self.sources_of(first) & self.sources_of(second))
+    def entangled(self, mask: fx.Node, other: fx.Node) -> bool:
+        """Whether a mask has relevance of its own: its data come from an input that the other node's come
+        from too, or from one that is asked for.
+        """
+        found = self.sources_of(mask)
+        return bool(found & self.sources_of(other)) or any(input_name(s) in self._named for s in found)
 
 
 def _outranks(other: Source, source: Source) -> bool:

@@ -232,7 +232,8 @@ def _gate_kind(node: fx.Node, active: set[fx.Node]) -> str:
 
 
 def _only_multiplies(node: fx.Node, active: set[fx.Node]) -> bool:
-    for user in node.users:
+    users = [user for user in node.users if node in contents(user)]
+    for user in users:
         if not carries(user):
             continue
         kind = kind_of(user.target) if user.op == "call_function" else None
@@ -248,12 +249,12 @@ def _only_multiplies(node: fx.Node, active: set[fx.Node]) -> bool:
         if kind == "add" and not others and _only_multiplies(user, active):
             continue
         return False
-    return bool(node.users)
+    return bool(users)
 
 
 def _weighs_values(node: fx.Node, active: set[fx.Node]) -> bool:
     """Whether a softmax's output goes into matrix products with something active, and nowhere else."""
-    users = [u for u in node.users if carries(u)]
+    users = [u for u in node.users if carries(u) and node in contents(u)]
     return bool(users) and all(
         (
             kind_of(u.target) == "matmul"

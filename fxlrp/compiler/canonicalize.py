@@ -46,7 +46,7 @@ def canonicalize(module: fx.GraphModule, inputs: Collection[str] = ()) -> Canoni
     widened, new = wide is not new, wide
     expand(new, inputs)
     _reassociate(new.graph)
-    dependence = Dependence.of(new)
+    dependence = Dependence.of(new, inputs)
     hits: dict[str, int] = {}
     misses: list[str] = []
     for node in list(new.graph.nodes):

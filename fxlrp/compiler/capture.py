@@ -36,7 +36,11 @@ from .shapes import Shapes
 from .verify import verify_functional
 
 #: Loggers that write tracebacks and graphs where an export fails.
-_TALKATIVE = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
+_TALKATIVE = (
+    "torch.fx.experimental.symbolic_shapes",
+    "torch._subclasses.fake_tensor",
+    "torch._export.non_strict_utils",
+)
 DYNAMIC, STATIC, TRACE = "dynamic export", "static export", "trace of this input"
 
 

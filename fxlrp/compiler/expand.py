@@ -118,14 +118,14 @@ def expand(module: fx.GraphModule, inputs: Collection[str] = ()) -> None:
 
     ``inputs`` names those that are explained whatever they are used for, masks of attention included.
     """
-    dependence = Dependence.of(module)
+    dependence = Dependence.of(module, inputs)
     wanted = [
         node
         for node in module.graph.nodes
         if node.op == "call_function"
         and op_name(node.target) in EXPANSIONS
         and dependence.sources_of(node)
-        and (op_name(node.target) != "scaled_dot_product_attention" or _is_biased(node, dependence, inputs))
+        and (op_name(node.target) != "scaled_dot_product_attention" or _is_biased(node, dependence))
     ]
     if not wanted:
         return
@@ -134,16 +134,11 @@ def expand(module: fx.GraphModule, inputs: Collection[str] = ()) -> None:
         _replace(node, templates)
 
 
-def _is_biased(node: fx.Node, dependence: Dependence, inputs: Collection[str]) -> bool:
-    """Whether attention's mask has relevance of its own: it is computed from what its operands are computed
-    from, or from an input that is asked for.
-    """
+def _is_biased(node: fx.Node, dependence: Dependence) -> bool:
+    """Whether attention's mask has relevance of its own."""
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     operands = [x for x in node.args[:3] if isinstance(x, fx.Node)]
-    return isinstance(mask, fx.Node) and (
-        any(dependence.entangled(mask, x) for x in operands)
-        or any(source.name in inputs for source in dependence.sources_of(mask))
-    )
+    return isinstance(mask, fx.Node) and any(dependence.entangled(mask, x) for x in operands)
 
 
 def _replace(node: fx.Node, templates: Templates) -> None:

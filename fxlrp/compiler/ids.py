@@ -99,11 +99,18 @@ def _handed_on(node: fx.Node) -> list[fx.Node]:
     node = _whole(node)
     if is_op(node, *_ARITHMETIC) or _sums_window(node):
         return [leaf for leaf in leaves(node) if isinstance(leaf, fx.Node)]
-    if not is_op(node, *_MOVES):
+    flat = leaves(node)
+    return [flat[i] for i in _moved(node) if isinstance(flat[i], fx.Node)]
+
+
+def _moved(step: fx.Node) -> list[int]:
+    """Which of a step's leaves are the ids that it puts elsewhere."""
+    if not is_op(step, *_MOVES):
         return []
-    places = _MOVES[op_name(node.target)]
-    operands = node.args if places is None else [node.args[i] for i in places if i < len(node.args)]
-    return [leaf for leaf in pytree.tree_leaves(operands) if isinstance(leaf, fx.Node)]
+    flat, spec = tree(step)
+    args, _ = pytree.tree_unflatten(range(len(flat)), spec)
+    places = _MOVES[op_name(step.target)]
+    return pytree.tree_leaves(args if places is None else [args[i] for i in places if i < len(args)])
 
 
 def _sums_window(node: fx.Node) -> bool:
@@ -222,7 +229,6 @@ def _back(node: fx.Node, operand: fx.Node, given: Sequence[Any]) -> Tensor | Non
     """
     step = _whole(node)
     flat, spec = tree(step)
-    at = flat.index(operand)
     *operands, coefficient = given
     if is_op(node, *_ARITHMETIC):
         return coefficient.sum_to_size(operands[_operands(node).index(operand)].shape)  # type: ignore[no-any-return]
@@ -238,11 +244,15 @@ def _back(node: fx.Node, operand: fx.Node, given: Sequence[Any]) -> Tensor | Non
     following = iter(operands)
     found: list[Any] = [next(following) if isinstance(x, fx.Node) else x for x in flat]
     # Not those that say where: indices stay integers, masks stay truth values.
-    numbers = flat if is_op(step, *_AS_ANOTHER) else _handed_on(node)
+    moved = _moved(step)
+    numbers = range(len(flat)) if is_op(step, *_AS_ANOTHER) else moved
     for i, leaf in enumerate(found):
-        if isinstance(leaf, Tensor) and flat[i] in numbers:
+        if isinstance(leaf, Tensor) and i in numbers:
             found[i] = leaf.to(coefficient.dtype)
         elif isinstance(leaf, torch.dtype):
             found[i] = coefficient.dtype
     args, kwargs = pytree.tree_unflatten(found, spec)
-    return Structural().linearize(Call(run, args, kwargs, (at,))).pullback(coefficient)[0]
+    at = tuple(i for i in moved if flat[i] is operand)
+    parts = Structural().linearize(Call(run, args, kwargs, at)).pullback(coefficient)
+    found = [part for part in parts if part is not None]
+    return sum(found[1:], start=found[0]) if found else None

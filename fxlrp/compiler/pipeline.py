@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..rules import Composite
-from .activity import explained
+from .activity import explained, refuse_missing
 from .assign import assign
 from .canonicalize import Canonical
 from .demand import demand_rows, only_outputs
@@ -80,6 +80,7 @@ def build(
     targets = seed.reads(outputs(graph.graph))
     sources = explained(graph, targets, inputs)
     plan = assign(graph, sources, targets, composite, strict=strict)
+    refuse_missing(plan.sources, inputs)
     rule_graph = verify_rules(rewrite(graph, plan), plan)
     nodes = {node.name: node for node in rule_graph.graph.nodes}
     moved = [s.moved(nodes) for s in plan.sources]

@@ -114,8 +114,11 @@ def _is_free(node: fx.Node) -> bool:
     )
 
 
-def trace(function: Callable[..., Sequence[Any]], values: Sequence[Any]) -> Template:
-    """Trace a function on fake tensors and symbolic sizes; below autograd, so that its vjps are ops."""
+def trace(function: Callable[..., Sequence[Any]], values: Sequence[Any], name: str) -> Template:
+    """Trace a function on fake tensors and symbolic sizes; below autograd, so that its vjps are ops.
+
+    Tensors that it closes over are called after ``name``.
+    """
     with torch.no_grad():
         # New tensor objects, since tracing tells operands apart by identity and one may be given twice.
         operands = [v.detach() if isinstance(v, Tensor) else v for v in values]
@@ -124,7 +127,11 @@ def trace(function: Callable[..., Sequence[Any]], values: Sequence[Any]) -> Temp
             module = make_fx(torch.func.functionalize(module))(*operands)
     graph = module.graph
     rewrite(graph, module)
-    constants = {node.target: getattr(module, node.target) for node in graph.nodes if node.op == "get_attr"}
+    constants = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            constant, node.target = getattr(module, node.target), f"{name}{node.target}"
+            constants[node.target] = constant
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in (
             torch.ops.aten.detach.default,
@@ -150,7 +157,7 @@ class Templates:
         full = (key, tuple(describe(v) for v in values))
         if full not in self._known:
             with self.mode, enable_python_dispatcher():
-                self._known[full] = trace(function, values)
+                self._known[full] = trace(function, values, f"template{len(self._known)}")
         return self._known[full]
 
     def __len__(self) -> int:

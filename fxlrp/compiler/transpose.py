@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import GraphError
-from ..rules.base import Call
+from ..rules.base import Call, Rule
 from .activity import Source
 from .cleanup import clean
 from .graphs import arg, fake_mode, outputs, tree, value
@@ -54,7 +54,9 @@ def transpose(
         templates: of rule nodes, where other runs on the same captured graph have traced some.
     """
     own = Templates(fake_mode(module.graph))
-    return _Transposition(module, tuple(sources), seed, dict(latents or {}), own, templates or own).run()
+    return _Transposition(
+        module, tuple(sources), seed, dict(latents or {}), own, own if templates is None else templates
+    ).run()
 
 
 @dataclass(eq=False)
@@ -160,8 +162,9 @@ class _Transposition:
 
         # A coefficient looks like the output that it belongs to.
         seeds = [v for v, p in zip(result_leaves, present, strict=True) if p]
-        key = (step_op, str(spec), tuple((type(c), str(c)) for c in constants))
+        key = (step_op, _own(step_op.rule), str(spec), tuple((type(c), str(c)) for c in constants))
         template = self.of_rules.get(key, joint, [*(value(x) for x in operands), *seeds])
+        self.constants.update(template.constants)
         self.joined[node] = (template, operands, len(result_leaves))
         return self.joined[node]
 
@@ -291,6 +294,13 @@ class _Transposition:
         fake = value(node)
         template = self.templates.get(key, lambda v, g: (function(v, g),), [fake, fake])
         return template.inline(self.graph, [self.values[node], coefficient], [0])[0]
+
+
+def _own(rule: Rule) -> int | None:
+    """What tells a rule apart that does not compare all that it is made of: a class that is no dataclass
+    itself may hold more than the one that it extends.
+    """
+    return None if "__dataclass_params__" in vars(type(rule)) else id(rule)
 
 
 def _token_relevance(embedding: Tensor, coefficient: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ class Substitution(Rule):
     Shapes: A ``[..., n, n]``, B, X, G ``[..., n, k]`` (``[..., k, n]`` for ``X A = B``).
 
     Source: AttnLRP's uniform and epsilon rules (Achtibat et al. 2024, eq. 8, Prop. 3.2), applied to the
-    recurrence. The same relevance as a model gets that writes the substitution out as a loop.
+    recurrence. A model that writes the substitution out as a loop gets the same relevance where B is active
+    and A's entries are one factor each: written out, products of several factors share by their number, and
+    a constant right-hand side leaves the first products to A alone.
     """
 
     kinds: ClassVar[frozenset[str] | None] = frozenset({"solve"})
@@ -41,9 +43,9 @@ class Substitution(Rule):
         def pullback(cotangent: Cotangent) -> tuple[Tensor | None, ...]:
             halved = _halved(matrix, unitriangular)
             adjoint = torch.linalg.solve_triangular(
-                halved.mT, cotangent, upper=not upper, left=left, unitriangular=unitriangular
+                halved.mH, cotangent, upper=not upper, left=left, unitriangular=unitriangular
             )
-            product = adjoint @ solution.mT if left else solution.mT @ adjoint
+            product = adjoint @ solution.mH if left else solution.mH @ adjoint
             strict = product.triu(1) if upper else product.tril(-1)
             found = (_summed(-0.5 * strict, matrix), _summed(adjoint, right))
             return tuple(found[i] for i in call.active)

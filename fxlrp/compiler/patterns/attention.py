@@ -17,7 +17,7 @@ from .match import Match, Miss
 _NAME = "attention"
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
-#: Whether the first node's value may depend on the same explained inputs as the second's.
+#: Whether the first node, a mask, has relevance of its own beside the second.
 Entangled = Callable[[fx.Node, fx.Node], bool]
 
 

@@ -4,8 +4,8 @@
     python examples/molecules.py --data ../shared/data/bace/bace.csv --out out/molecules.png
 
 Both learn whether a molecule inhibits the enzyme BACE-1 (MoleculeNet; a table with the columns smiles and
-Class), about a minute each. The picture shows test molecules with every atom in the colour of its relevance
-for "inhibits": red speaks for it, blue against it.
+Class), in minutes on a CPU. The picture shows held-out molecules with every atom in the colour of its
+relevance for "inhibits": red speaks for it, blue against it.
 
 The graph model has the encodings of Graphormer (Ying et al. 2021): degrees beside the atoms, distances and
 bonds of pairs as a bias of attention. All four are lookups of integers and are explained by name.
@@ -110,7 +110,6 @@ class GraphTransformer(nn.Module):
         x = self.atom(atoms) + self.degree(degrees)
         x = torch.cat([self.virtual.expand(x.shape[0], -1, -1), x], 1)
         bias = (self.distance(distances) + self.bond(bonds)).permute(0, 3, 1, 2)
-        bias = bias.masked_fill((atoms == 0)[:, None, None], -torch.inf)
         bias = F.pad(bias, (1, 0, 1, 0))  # the virtual node, which is near to all
         bias = bias.masked_fill(F.pad(atoms == 0, (1, 0))[:, None, None], -torch.inf)
         for layer in self.layers:
@@ -256,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--data", type=Path, required=True, help="a table with the columns smiles and Class")
     parser.add_argument("--out", type=Path, default=Path("out/molecules.png"), help="the picture")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--limit", type=int, help="molecules to read (default: all)")
     arguments = parser.parse_args(argv)
     try:

@@ -18,7 +18,7 @@ SAMPLE = sample()
 BOTH = [
     *(
         Row("causal_lm", model)
-        for model in ("llama", "gpt2", "gpt_neox", "gemma2", "qwen3", "mistral", "olmo2", "phi", "opt")
+        for model in ("llama", "gpt2", "gpt_neox", "phi3", "qwen3", "mistral", "olmo2", "phi", "opt")
     ),
     *(Row("masked_lm", model) for model in ("bert", "roberta", "electra", "modernbert")),
     *(Row("seq_cls", model) for model in ("distilbert", "albert", "qwen2")),

@@ -71,8 +71,8 @@ the explained value equals the model's own to {FORWARD:.0e}; `gradient` equals a
 at the embedding lookup of ids and at pixels and audio, to {GRADIENT:.0e} of the largest relevance of a place,
 its parts taken without sign (behind a norm those of an embedding sum to rounding); and each composite's
 ledger closes to {LEDGER:.0e} of the explained value. Shares are among the models that run; those that this
-harness could not build or call are listed as *not built*. *Other sizes*: whether the same graph answers another batch size
-and length, again equal to autograd.
+harness could not build or call are listed as *not built*. *Other sizes*: whether the same graph answers
+another batch size and length, again equal to autograd.
 """
 
 

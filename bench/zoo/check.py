@@ -201,7 +201,7 @@ def _judge(result: dict[str, Any]) -> None:
 
 def _named(explanation: fxlrp.Explanation, explainer: fxlrp.Explainer) -> dict[str, Tensor]:
     if isinstance(explanation.relevance, Tensor):
-        return {explainer.plan.sources[0].input.name: explanation.relevance}
+        return {str(explainer.plan.sources[0].input.target): explanation.relevance}
     return dict(explanation.relevance)
 
 

@@ -47,7 +47,8 @@ class Substitution(Rule):
             )
             product = adjoint @ solution.mH if left else solution.mH @ adjoint
             strict = product.triu(1) if upper else product.tril(-1)
-            found = (_summed(-0.5 * strict, matrix), _summed(adjoint, right))
+            # An operand that was broadcast gets the sum of what its copies get.
+            found = ((-0.5 * strict).sum_to_size(matrix.shape), adjoint.sum_to_size(right.shape))
             return tuple(found[i] for i in call.active)
 
         return Linearization(solution, pullback)
@@ -66,8 +67,3 @@ def _halved(matrix: Tensor, unitriangular: bool) -> Tensor:
     if unitriangular:  # the diagonal is not read
         return 0.5 * matrix
     return 0.5 * matrix + 0.5 * torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1))
-
-
-def _summed(coefficient: Tensor, operand: Tensor) -> Tensor:
-    """A coefficient as its operand was before it was broadcast."""
-    return coefficient.sum_to_size(operand.shape)

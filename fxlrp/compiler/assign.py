@@ -182,7 +182,7 @@ def _kind(node: fx.Node, operands: list[Any], positions: tuple[int, ...], active
     """The kind of a node, given which of its operands are active."""
     kind = kind_of(node.target)
     count = len(positions)
-    if kind == "linear" and count > 1:
+    if kind in ("linear", "conv") and count > 1:
         # addmm and its like add their first operand to the others' product: affine in it, bilinear in them.
         if 0 in positions and op_name(node.target) in ("addmm", "baddbmm", "addmv", "addbmm"):
             return None

@@ -135,6 +135,7 @@ _GRADIENT: Mapping[str, Rule] = MappingProxyType(
     {
         **{kind: Gradient() for kind in KINDS},
         "linear": Epsilon(),
+        "conv": Epsilon(),
         "add": Structural(),
         "structural": Structural(),
         "attention": GradientAttention(),
@@ -144,6 +145,7 @@ _GRADIENT: Mapping[str, Rule] = MappingProxyType(
 _ATTNLRP: Mapping[str, Rule] = MappingProxyType(
     {
         "linear": Epsilon(),
+        "conv": Epsilon(),
         "add": Structural(),
         "structural": Structural(),
         "product": Uniform(),

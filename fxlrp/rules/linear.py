@@ -53,7 +53,7 @@ class Epsilon(Rule):
     """
 
     epsilon: float = 0.0
-    kinds: ClassVar[frozenset[str] | None] = frozenset({"linear", "add"})
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"linear", "conv", "add"})
 
     def __post_init__(self) -> None:
         if not self.epsilon >= 0:

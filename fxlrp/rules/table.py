@@ -13,7 +13,8 @@ from .activation import RATIOS, op_name
 
 #: Kinds of ops, in the words that composites and plans use.
 KINDS: Final = {
-    "linear": "affine maps with weights: linear, convolution, grouped expert matmuls",
+    "linear": "affine maps with weights: linear, matmul with a constant, grouped and batched expert matmuls",
+    "conv": "convolutions and transposed convolutions with constant weights",
     "add": "sums of tensors: residual connections, biases, embeddings",
     "structural": "views, permutations, slices, concatenation, casts, sums and means, constant scaling",
     "product": "elementwise products of two or more relevance-carrying factors",
@@ -30,9 +31,9 @@ KINDS: Final = {
     "selection": "max, top-k, sorting, pooling by maximum, clamping: the winner takes all",
 }
 
-_LINEAR = """linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution addmm
-    addbmm addmv embedding_bag grouped_mm grouped_mm_fallback batch_norm
+_LINEAR = """linear addmm addbmm addmv embedding_bag grouped_mm grouped_mm_fallback batch_norm
     native_batch_norm_legit_no_training cudnn_batch_norm"""
+_CONV = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"
 _ADD = "add sub rsub subtract"
 _STRUCTURAL = """view reshape unsafe_view view_as reshape_as transpose permute t swapaxes movedim moveaxis
     unsqueeze squeeze expand expand_as contiguous clone alias to to_copy type_as slice select narrow split
@@ -75,6 +76,7 @@ OP_KINDS: Final[dict[str, str]] = {
         name: kind
         for kind, names in {
             "linear": _LINEAR,
+            "conv": _CONV,
             "add": _ADD,
             "structural": _STRUCTURAL,
             "product": _PRODUCT,
@@ -92,7 +94,7 @@ OP_KINDS: Final[dict[str, str]] = {
 }
 
 #: Kinds that are affine in one active operand and multilinear in several.
-MULTILINEAR: Final = frozenset({"linear", "product", "matmul"})
+MULTILINEAR: Final = frozenset({"linear", "conv", "product", "matmul"})
 
 
 def kind_of(op: Any) -> str | None:

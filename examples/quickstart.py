@@ -10,7 +10,7 @@ import torch
 import fxlrp
 from fxlrp.demo import load_sentiment
 from fxlrp.report import print_tokens
-from fxlrp.rules import Epsilon, Selector
+from fxlrp.rules import Epsilon
 
 TEXTS = ["A warm, witty and beautifully acted film, even if the ending drags.", "What a waste of time!"]
 NEGATIVE, POSITIVE = 0, 1
@@ -47,7 +47,10 @@ def main() -> None:
 
     # 5. Rules of your own: the first selector that matches wins, the base decides the rest.
     composite = fxlrp.Composite(
-        [(Selector("linear", "blocks.*.mlp.*"), Epsilon(1e-2)), (fxlrp.op("linear"), Epsilon(1e-6))],
+        [
+            (fxlrp.op("linear") & fxlrp.name("blocks.*.mlp.*"), Epsilon(1e-2)),
+            (fxlrp.op("linear"), Epsilon(1e-6)),
+        ],
         base="cp",
     )
     # The same trace serves every composite.

@@ -3,6 +3,7 @@
 from .errors import (
     CaptureError,
     CompositeError,
+    CompositeWarning,
     FxlrpError,
     InputError,
     NonFiniteError,
@@ -14,7 +15,7 @@ from .errors import (
 from .explainer import Explainer, lrp_compile
 from .explanation import Explanation
 from .ledger import Ledger
-from .rules import PRESETS, Composite, name, op, register_rule
+from .rules import PRESETS, Composite, first, last, module_type, name, op, register_rule
 from .targets import Function, Logit, LogitDifference, Predicted, Target
 
 #: The names that ``composite=`` takes.
@@ -26,6 +27,7 @@ __all__ = [
     "CaptureError",
     "Composite",
     "CompositeError",
+    "CompositeWarning",
     "Explainer",
     "Explanation",
     "Function",
@@ -42,7 +44,10 @@ __all__ = [
     "TargetError",
     "UncoveredOpError",
     "composites",
+    "first",
+    "last",
     "lrp_compile",
+    "module_type",
     "name",
     "op",
     "register_rule",

@@ -39,6 +39,10 @@ class CompositeError(FxlrpError, ValueError):
     """A composite that does not exist or cannot be read."""
 
 
+class CompositeWarning(UserWarning):
+    """An entry of a composite that decides nothing on this model."""
+
+
 class GraphError(FxlrpError, AssertionError):
     """A stage of the compiler produced a graph that breaks its dialect; always a bug of fxlrp."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,7 +35,16 @@ from .compiler.provenance import module_path, source_line
 from .compiler.seed import Seed, tensor_outputs
 from .compiler.shapes import Shapes
 from .compiler.verify import verify_functional
-from .errors import CaptureError, FxlrpError, InputError, NonFiniteError, TargetError, first_line, place
+from .errors import (
+    CaptureError,
+    CompositeWarning,
+    FxlrpError,
+    InputError,
+    NonFiniteError,
+    TargetError,
+    first_line,
+    place,
+)
 from .explanation import Explanation, one_or_many
 from .ledger import Ledger
 from .rules import Composite, as_composite
@@ -361,6 +371,8 @@ class Explainer:
                     latents=latents,
                     notes=notes,
                 )
+            for line in program.plan.idle:
+                warnings.warn(line, CompositeWarning, stacklevel=5)
             if isinstance(target, Function):
                 _keep_last(self._programs, _KEPT_FUNCTIONS - 1, lambda k: k[1][0] == "Function")
             runner = lower(program.relevance.graph, self.backend, bound.tensors[0].device)

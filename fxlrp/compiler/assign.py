@@ -24,9 +24,11 @@ from ..rules import (
     kind_of,
 )
 from ..rules.activation import op_name
+from ..rules.composites import Choice, Rulebook
 from ..rules.registry import qualified_name
 from .activity import Source, carries, reachable
 from .graphs import contents, is_float, is_op, leaves, without_casts
+from .locate import idle_entries, located, site_of
 from .plan import Assignment, Plan
 from .provenance import module_path, source_line
 
@@ -53,13 +55,13 @@ def assign(
     """
     starts = {s.node for s in sources}
     reached = reachable(module, starts)
+    steps = [n for n in module.graph.nodes if n in reached and _is_call(n) and n not in starts]
+    sites = {n: site_of(n, _kind(n, leaves(n), _active(n, reached), reached)) for n in steps}
+    rulebook = located(composite.rulebook(), sites, reached)
     frozen = {
         node: row
-        for node in module.graph.nodes
-        if node in reached
-        and _is_call(node)
-        and node not in starts
-        and (row := _assignment(node, reached, composite, strict=False)).rule.freezes
+        for node in steps
+        if (row := _assignment(node, reached, rulebook, strict=False)).rule.freezes
     }
     active = reachable(module, starts, frozen)
     carrying = {t for t in targets if t in active}
@@ -70,7 +72,7 @@ def assign(
         if node.target is operator.getitem:  # an element of a tuple is part of the op that made it
             carrying.add(node.args[0])
             continue
-        row = _assignment(node, active, composite, strict=strict)
+        row = _assignment(node, active, rulebook, strict=strict)
         rows[node] = row
         operands = leaves(node)
         carrying.update(operands[i] for i in row.active)
@@ -86,26 +88,30 @@ def assign(
     read = {leaf for node in rows for leaf in leaves(node) if isinstance(leaf, fx.Node)}
     rows.update({node: row for node, row in frozen.items() if node in read})
     ordered = {n: rows[n] for n in module.graph.nodes if n in rows}
-    return Plan(tuple(ordered.values()), kept)
+    given = {row.entry for row in (*frozen.values(), *rows.values())}
+    idle = idle_entries(rulebook, len(composite.entries), given, sites.values())
+    return Plan(tuple(ordered.values()), kept, idle=idle)
 
 
-def _assignment(node: fx.Node, active: set[fx.Node], composite: Composite, *, strict: bool) -> Assignment:
-    operands = leaves(node)
-    positions = tuple(
+def _active(node: fx.Node, active: set[fx.Node]) -> tuple[int, ...]:
+    """Which leaves of a node carry relevance."""
+    return tuple(
         i
         for i, leaf in enumerate(contents(node))
         if isinstance(leaf, fx.Node) and leaf in active and is_float(leaf)
     )
-    path, name = module_path(node), op_name(node.target)
+
+
+def _assignment(node: fx.Node, active: set[fx.Node], rulebook: Rulebook, *, strict: bool) -> Assignment:
+    operands, positions = leaves(node), _active(node, active)
     kind = _kind(node, operands, positions, active)
-    explicit = composite.explicit(path, node.target) if kind is None else None
-    if explicit is not None:
-        rule, reason = explicit
-        return _row(node, "uncovered", rule, () if rule.freezes else positions, reason, path)
-    if kind is None:
-        if composite.allows_any_op:
-            return _row(node, "gradient", Gradient(), positions, f"{composite.title}: no rules", path)
+    choice = rulebook.choose(site_of(node, kind))
+    if choice is None:
+        if rulebook.preset.allows_any_op:
+            reason = f"{rulebook.preset.title}: no rules"
+            return _row(node, "gradient", positions, Choice(Gradient(), reason))
         if strict:
+            path, name = module_path(node), op_name(node.target)
             raise UncoveredOpError(
                 f"No rule covers '{name}' ({node.target}) in {place(path, source_line(node))}, and relevance "
                 "flows through it. Give it one, for example:\n"
@@ -114,24 +120,19 @@ def _assignment(node: fx.Node, active: set[fx.Node], composite: Composite, *, st
                 "    explainer = fxlrp.lrp_compile(model)\n"
                 "or pass strict=False for a first-order Taylor step whose remainder the ledger shows."
             )
-        return _row(
-            node,
-            "uncovered",
-            Taylor(),
-            positions,
-            "no rule covers it: first-order Taylor (strict=False)",
-            path,
-        )
-    rule, reason = composite.rule(kind, path, qualified_name(node.target))
+        step = Choice(Taylor(), "no rule covers it: first-order Taylor (strict=False)")
+        return _row(node, "uncovered", positions, step)
+    if kind is None:
+        return _row(node, "uncovered", positions, choice)
     if kind in ("product", "matmul"):
-        return _product(node, operands, positions, rule, reason, kind, composite, active, path)
-    if isinstance(rule, (NormRule, Identity)) or kind in ("division", "attention"):
-        positions = _kept(kind, rule, positions, node)
-    if isinstance(rule, FrozenAttention):
+        return _product(node, operands, positions, choice, kind, rulebook, active)
+    if isinstance(choice.rule, (NormRule, Identity)) or kind in ("division", "attention"):
+        positions = _kept(kind, choice.rule, positions, node)
+    if isinstance(choice.rule, FrozenAttention):
         positions = tuple(i for i in positions if i == 2)
         if not positions:  # constant values weighted by constant weights
-            rule = Freeze()
-    return _row(node, kind, rule, () if rule.freezes else positions, reason, path)
+            choice = dataclasses.replace(choice, rule=Freeze())
+    return _row(node, kind, positions, choice)
 
 
 def _kept(kind: str, rule: Rule, positions: tuple[int, ...], node: fx.Node) -> tuple[int, ...]:
@@ -149,33 +150,41 @@ def _product(
     node: fx.Node,
     operands: list[Any],
     positions: tuple[int, ...],
-    rule: Rule,
-    reason: str,
+    choice: Choice,
     kind: str,
-    composite: Composite,
+    rulebook: Rulebook,
     active: set[fx.Node],
-    path: str,
 ) -> Assignment:
     """Products and matrix products: gates taken out where they are frozen, shares by number of factors."""
-    if composite.freezes_gates and kind == "product":
+    if rulebook.preset.freezes_gates and kind == "product":
         gates = tuple(i for i in positions if _is_gate(operands[i], active))
         if gates and len(gates) < len(positions):
             positions = tuple(i for i in positions if i not in gates)
             names = ", ".join(f"'{operands[i].name}'" for i in gates)
+            choice = dataclasses.replace(choice, reason=f"{choice.reason}, gate {names} frozen")
             if len(positions) == 1:
-                linear, _ = composite.rule("structural", path)
-                return _row(node, kind, linear, positions, f"{reason}, gate {names} frozen", path)
-            reason = f"{reason}, gate {names} frozen"
-    if isinstance(rule, Uniform):
+                linear = rulebook.preset.rules["structural"]
+                return _row(node, kind, positions, dataclasses.replace(choice, rule=linear))
+    if isinstance(choice.rule, Uniform):
         counts = [_factors(operands[i], active) for i in positions]
         if any(count != counts[0] for count in counts):
-            rule = dataclasses.replace(rule, shares=tuple(count / sum(counts) for count in counts))
-            reason = f"{reason}, {sum(counts)} factors"
-    return _row(node, kind, rule, () if rule.freezes else positions, reason, path)
+            rule = dataclasses.replace(choice.rule, shares=tuple(count / sum(counts) for count in counts))
+            choice = dataclasses.replace(choice, rule=rule, reason=f"{choice.reason}, {sum(counts)} factors")
+    return _row(node, kind, positions, choice)
 
 
-def _row(node: fx.Node, kind: str, rule: Rule, active: tuple[int, ...], reason: str, path: str) -> Assignment:
-    return Assignment(node.name, op_name(node.target), kind, rule, active, reason, path, source_line(node))
+def _row(node: fx.Node, kind: str, active: tuple[int, ...], choice: Choice) -> Assignment:
+    return Assignment(
+        node.name,
+        op_name(node.target),
+        kind,
+        choice.rule,
+        () if choice.rule.freezes else active,
+        choice.reason,
+        module_path(node),
+        source_line(node),
+        choice.entry,
+    )
 
 
 def _kind(node: fx.Node, operands: list[Any], positions: tuple[int, ...], active: set[fx.Node]) -> str | None:

@@ -86,4 +86,5 @@ def build(
     moved = [s.moved(nodes) for s in plan.sources]
     relevance = transpose(rule_graph, moved, seed, latents=dict(latents or {}), templates=canonical.templates)
     verify_relevance(relevance.graph)
-    return Program(Plan(plan.rows, tuple(moved), (*notes, *canonical.misses)), rule_graph, relevance, seed)
+    plan = Plan(plan.rows, tuple(moved), (*notes, *canonical.misses), plan.idle)
+    return Program(plan, rule_graph, relevance, seed)

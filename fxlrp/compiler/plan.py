@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..rules import Rule
+from ..rules.serial import rule_text
 from .activity import Source
 
 
@@ -23,6 +24,7 @@ class Assignment:
         reason: which preset or entry of the composite decided.
         module: path of the module that the node runs in.
         source: file, line and function that made it.
+        entry: which entry of the composite decided, None for the preset.
     """
 
     node: str
@@ -33,6 +35,7 @@ class Assignment:
     reason: str
     module: str
     source: str
+    entry: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,13 @@ class Plan:
         rows: one per node that carries relevance, in the order of the graph.
         sources: where the explained inputs enter.
         notes: how the model was captured and what the patterns found.
+        idle: which entries of the composite decided nothing, and why.
     """
 
     rows: tuple[Assignment, ...]
     sources: tuple[Source, ...] = field(repr=False)
     notes: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Assignment]:
         return iter(self.rows)
@@ -64,7 +69,7 @@ class Plan:
         rows = [r for r in self.rows if structural or r.kind not in ("structural", "add")]
         header = ("node", "op", "rule", "reason", "module", "source")
         cells = [
-            (r.node, r.op, _rule_text(r.rule), r.reason, r.module, r.source.split(" in ")[0]) for r in rows
+            (r.node, r.op, rule_text(r.rule), r.reason, r.module, r.source.split(" in ")[0]) for r in rows
         ]
         widths = [min(40, max(len(row[i]) for row in [header, *cells])) for i in range(len(header))]
         lines = [
@@ -79,6 +84,7 @@ class Plan:
                 f"{len(self.rows)} nodes: {summary}"
                 + (f" ({hidden} structural rows not shown)" if hidden else ""),
                 *self.notes,
+                *self.idle,
             ]
         )
 
@@ -87,12 +93,6 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"<fxlrp.Plan of {len(self.rows)} nodes: {self.counts()}>"
-
-
-def _rule_text(rule: Rule) -> str:
-    return (
-        repr(rule).replace("epsilon=0.0", "").replace("shares=()", "").replace("(, ", "(").replace(", )", ")")
-    )
 
 
 def _fit(text: str, width: int) -> str:

@@ -3,11 +3,13 @@
 from .activation import Identity
 from .attention import AttentionRule, FrozenAttention, GradientAttention
 from .base import Call, Freeze, Gradient, Linearization, Rule, Taylor, WinnerTakesAll, vjp
-from .composites import PRESETS, Composite, Selector, as_composite, name, op
+from .composites import Composite, as_composite
 from .linear import Epsilon, Structural
 from .norm import NormRule
+from .presets import PRESETS, Preset
 from .product import FreezeDenominator, Uniform
 from .registry import register_rule
+from .selectors import Selector, first, last, module_type, name, op
 from .softmax import SoftmaxTaylor
 from .solve import Substitution
 from .table import KINDS, MULTILINEAR, OP_KINDS, kind_of
@@ -29,6 +31,7 @@ __all__ = [
     "Identity",
     "Linearization",
     "NormRule",
+    "Preset",
     "Rule",
     "Selector",
     "SoftmaxTaylor",
@@ -38,7 +41,10 @@ __all__ = [
     "Uniform",
     "WinnerTakesAll",
     "as_composite",
+    "first",
     "kind_of",
+    "last",
+    "module_type",
     "name",
     "op",
     "register_rule",

@@ -1,62 +1,24 @@
-"""Composites as data: which rule each kind of op gets."""
+"""Composites as data: which rule each node gets."""
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from ..errors import CompositeError
-from .activation import Identity
-from .attention import AttentionRule, FrozenAttention, GradientAttention
-from .base import Freeze, Gradient, Rule, Taylor, WinnerTakesAll
-from .linear import Epsilon, Structural
-from .norm import NormRule
-from .product import FreezeDenominator, Uniform
-from .registry import qualified_name, registered
-from .softmax import SoftmaxTaylor
-from .solve import Substitution
-from .table import KINDS
+from .base import Rule
+from .presets import PRESETS, Preset, preset
+from .registry import registered_by_name
+from .selectors import Selector, Site, from_data, to_data
+from .serial import rule_from_data, rule_text, rule_to_data
 
-
-@dataclass(frozen=True)
-class Selector:
-    """Nodes by op kind, by module path (shell-style wildcards), by op; all that are given must match."""
-
-    kind: str | None = None
-    path: str | None = None
-    op: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind is not None and self.kind not in KINDS:
-            raise CompositeError(f"There is no op kind {self.kind!r}. Kinds: {', '.join(KINDS)}.")
-
-    def matches(self, kind: str, module_path: str, op: str = "") -> bool:
-        """Whether a node of this kind in this module, which calls this op, is meant."""
-        return (
-            (self.kind is None or self.kind == kind)
-            and (self.op is None or self.op == op)
-            and (self.path is None or fnmatch.fnmatchcase(module_path, self.path))
-        )
-
-
-def op(kind: str) -> Selector:
-    """All nodes of an op kind, ``op("linear")``, or of one op by the name that ``torch.library`` has for it,
-    ``op("mylib::scan")``. The kinds are the keys of ``fxlrp.rules.KINDS``.
-    """
-    return Selector(op=kind) if "::" in kind else Selector(kind=kind)
-
-
-def name(pattern: str) -> Selector:
-    """All nodes inside modules whose path matches: ``name("model.layers.*.mlp.*")``."""
-    return Selector(path=pattern)
+Entry = tuple[Selector, Rule]
 
 
 @dataclass(frozen=True)
 class Composite:
-    """Rules by op kind.
+    """Rules by selector. Prints as a table; :meth:`to_json` and :meth:`from_json` keep it as a file.
 
     Attributes:
         entries: pairs of a selector and a rule; the first that matches a node wins. An entry speaks only for
@@ -64,9 +26,12 @@ class Composite:
             activations alone.
         base: name of the preset that decides what no entry matches.
         title: how reports call it.
+
+    Raises:
+        CompositeError: an unknown base, or an entry whose rule serves none of the kinds that it selects.
     """
 
-    entries: tuple[tuple[Selector, Rule], ...] = ()
+    entries: tuple[Entry, ...] = ()
     base: str = "attnlrp"
     title: str = "custom"
 
@@ -74,134 +39,108 @@ class Composite:
         object.__setattr__(self, "entries", tuple(self.entries))
         preset(self.base)
         for entry in self.entries:
-            if not (
-                isinstance(entry, tuple)
-                and len(entry) == 2
-                and isinstance(entry[0], Selector)
-                and isinstance(entry[1], Rule)
-            ):
-                raise CompositeError(
-                    "Composite entries are pairs (selector, rule), as (fxlrp.op('linear'), "
-                    f"Epsilon(1e-6)); got {entry!r}."
-                )
-            selector, rule = entry
-            if selector.kind is not None and rule.kinds is not None and selector.kind not in rule.kinds:
-                raise CompositeError(
-                    f"{rule!r} is not defined for ops of kind {selector.kind!r}, only for "
-                    f"{', '.join(sorted(rule.kinds))}."
-                )
+            _refuse_unfit(entry)
 
-    def rule(self, kind: str, module_path: str, op: str = "") -> tuple[Rule, str]:
-        """The rule for a node, and where it comes from."""
-        for i, (selector, rule) in enumerate(self.entries):
-            if selector.matches(kind, module_path, op) and (rule.kinds is None or kind in rule.kinds):
-                return rule, f"entry {i} of the composite"
-        return preset(self.base).rules[kind], f"{self.base}: {kind}"
+    def rulebook(self) -> Rulebook:
+        """Its entries and then those of its base, with the base's rules by kind behind them."""
+        base = preset(self.base)
+        own = [(s, r, f"entry {i} of the composite") for i, (s, r) in enumerate(self.entries)]
+        its = [(s, r, f"{base.title}: {s}") for s, r in base.entries]
+        return Rulebook((*own, *its), base)
 
-    def explicit(self, module_path: str, op: Any) -> tuple[Rule, str] | None:
-        """The rule of an op without a kind: that of an entry by module path or op whose rule takes any op, or
-        the one that was registered for it.
+    def to_json(self) -> str:
+        """The composite as JSON; :meth:`from_json` reads it back equal."""
+        entries = [{"select": to_data(s), **rule_to_data(r)} for s, r in self.entries]
+        return json.dumps({"title": self.title, "base": self.base, "entries": entries}, indent=2)
+
+    @staticmethod
+    def from_json(text: str, rules: Iterable[type[Rule]] = ()) -> Composite:
+        """A composite from its JSON.
+
+        Args:
+            text: what :meth:`to_json` gives.
+            rules: classes of rules of your own that occur in it.
+
+        Raises:
+            CompositeError: unknown rules, selectors or presets; parameters that a rule does not take.
         """
-        for i, (selector, rule) in enumerate(self.entries):
-            meant = selector.kind is None and selector.matches("", module_path, qualified_name(op))
-            if meant and (rule.kinds is None or selector.op is not None):
-                return rule, f"entry {i} of the composite"
-        rule_of_op = None if self.allows_any_op else registered(op)
-        return None if rule_of_op is None else (rule_of_op, "registered for this op")
+        try:
+            data = json.loads(text)
+            entries = [(from_data(e["select"]), rule_from_data(e, rules)) for e in data["entries"]]
+            return Composite(tuple(entries), data["base"], data["title"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CompositeError(f"No composite as JSON: {type(error).__name__}: {error}.") from error
 
-    @property
-    def freezes_gates(self) -> bool:
-        """Whether the activation in ``act(gate) * up`` counts as a constant."""
-        return preset(self.base).freezes_gates
-
-    @property
-    def allows_any_op(self) -> bool:
-        """Whether ops without a row in the table are differentiated as they are."""
-        return preset(self.base).allows_any_op
+    def __str__(self) -> str:
+        base = preset(self.base)
+        rows = [(str(i), str(s), rule_text(r)) for i, (s, r) in enumerate(self.entries)]
+        rows += [(base.title, str(s), rule_text(r)) for s, r in base.entries]
+        rows += [(base.title, f"op('{kind}')", rule_text(r)) for kind, r in base.rules.items()]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
+        return "\n".join([f"{self.title}, on top of {base.title} ({base.source})", *lines])
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A named set of rules: one per kind, and what the kinds alone cannot say."""
+class Choice:
+    """A rule for a node, and where it comes from.
 
-    title: str
-    source: str
-    rules: Mapping[str, Rule] = field(hash=False)
-    freezes_gates: bool = False
-    allows_any_op: bool = False
+    Attributes:
+        rule: the rule.
+        reason: which preset or entry of the composite decided.
+        entry: the entry's place in the rulebook; None for a preset's rule by kind.
+    """
 
-
-_GRADIENT: Mapping[str, Rule] = MappingProxyType(
-    {
-        **{kind: Gradient() for kind in KINDS},
-        "linear": Epsilon(),
-        "conv": Epsilon(),
-        "add": Structural(),
-        "structural": Structural(),
-        "attention": GradientAttention(),
-    }
-)
-
-_ATTNLRP: Mapping[str, Rule] = MappingProxyType(
-    {
-        "linear": Epsilon(),
-        "conv": Epsilon(),
-        "add": Structural(),
-        "structural": Structural(),
-        "product": Uniform(),
-        "matmul": Uniform(),
-        "division": FreezeDenominator(),
-        "attention": AttentionRule(),
-        "attention_weights": SoftmaxTaylor(),
-        "softmax": SoftmaxTaylor(),
-        "norm": NormRule(),
-        "activation": Identity(),
-        "gate": Freeze(),
-        "nonlinear": Taylor(),
-        "solve": Substitution(),
-        "selection": WinnerTakesAll(),
-    }
-)
-
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {
-        "attnlrp": Preset("attnlrp", "Achtibat et al. 2024", _ATTNLRP),
-        "cp": Preset(
-            "cp",
-            "Ali et al. 2022 as evaluated in Achtibat et al. 2024: attention weights and gates frozen",
-            MappingProxyType(
-                {
-                    **_ATTNLRP,
-                    "attention": FrozenAttention(),
-                    "attention_weights": Freeze(),
-                    "softmax": Freeze(),
-                }
-            ),
-            freezes_gates=True,
-        ),
-        "ali": Preset(
-            "ali",
-            "Ali et al. 2022, AH+LN: attention weights and norm factors frozen, nothing else",
-            MappingProxyType(
-                {
-                    **_GRADIENT,
-                    "attention": FrozenAttention(),
-                    "attention_weights": Freeze(),
-                    "norm": NormRule(),
-                }
-            ),
-            allows_any_op=True,
-        ),
-        "gradient": Preset("gradient", "Gradient x Input: no rules", _GRADIENT, allows_any_op=True),
-    }
-)
+    rule: Rule
+    reason: str
+    entry: int | None = None
 
 
-def preset(title: str) -> Preset:
-    """A preset by name."""
-    if title not in PRESETS:
-        raise CompositeError(f"There is no composite {title!r}. Presets: {', '.join(PRESETS)}.")
-    return PRESETS[title]
+@dataclass(frozen=True)
+class Rulebook:
+    """A composite laid out: entries with the reason they give, and the preset behind them."""
+
+    entries: tuple[tuple[Selector, Rule, str], ...]
+    preset: Preset
+
+    def map(self, change: Callable[[Selector], Selector]) -> Rulebook:
+        """The same rulebook with its selectors changed, as :meth:`Selector.map` does."""
+        return replace(self, entries=tuple((s.map(change), r, why) for s, r, why in self.entries))
+
+    def choose(self, site: Site) -> Choice | None:
+        """The rule for a node, or None for an op without a kind that nothing speaks for.
+
+        An op without a kind gets the rule of an entry that means it and whose rule takes any op or that names
+        the op; else the rule that was registered for it.
+        """
+        for i, (selector, rule, reason) in enumerate(self.entries):
+            serves = rule.kinds is None or site.kind in rule.kinds
+            if (serves or (not site.kind and selector.names_ops())) and selector.matches(site):
+                return Choice(rule, reason, i)
+        if site.kind:
+            return Choice(self.preset.rules[site.kind], f"{self.preset.title}: {site.kind}")
+        rule_of_op = None if self.preset.allows_any_op else registered_by_name(site.op)
+        return None if rule_of_op is None else Choice(rule_of_op, "registered for this op")
+
+
+def _refuse_unfit(entry: object) -> None:
+    if not (
+        isinstance(entry, tuple)
+        and len(entry) == 2
+        and isinstance(entry[0], Selector)
+        and isinstance(entry[1], Rule)
+    ):
+        raise CompositeError(
+            "Composite entries are pairs (selector, rule), as (fxlrp.op('linear'), Epsilon(1e-6)); "
+            f"got {entry!r}."
+        )
+    selector, rule = entry
+    kinds = selector.kinds()
+    if kinds is not None and rule.kinds is not None and not kinds & rule.kinds:
+        raise CompositeError(
+            f"{rule_text(rule)} is not defined for ops of kind {', '.join(sorted(kinds))} ({selector}), "
+            f"only for {', '.join(sorted(rule.kinds))}."
+        )
 
 
 def as_composite(composite: str | Composite) -> Composite:
@@ -213,3 +152,15 @@ def as_composite(composite: str | Composite) -> Composite:
     raise CompositeError(
         f"composite is a preset's name or a fxlrp.Composite, not {type(composite).__name__}."
     )
+
+
+def matrix(presets: Mapping[str, Preset] = PRESETS) -> str:
+    """All presets as a Markdown table: a row a kind, a column a preset."""
+    kinds = list(next(iter(presets.values())).rules)
+    lines = [
+        "| kind | " + " | ".join(f"`{title}`" for title in presets) + " |",
+        "|---" * (1 + len(presets)) + "|",
+    ]
+    for kind in kinds:
+        lines.append(f"| `{kind}` | " + " | ".join(rule_text(p.rules[kind]) for p in presets.values()) + " |")
+    return "\n".join(lines)

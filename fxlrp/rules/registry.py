@@ -40,9 +40,9 @@ def register_rule(op: Any, rule: Rule) -> None:
     _RULES[name] = rule
 
 
-def registered(op: Any) -> Rule | None:
-    """The rule that the user registered for an op, or None."""
-    return _RULES.get(qualified_name(op))
+def registered_by_name(name: str) -> Rule | None:
+    """The rule that the user registered for an op of this qualified name, or None."""
+    return _RULES.get(name)
 
 
 def qualified_name(op: Any) -> str:

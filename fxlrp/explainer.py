@@ -231,13 +231,20 @@ class Explainer:
             )
         self._refuse_nonfinite(bound, program, relevance, scalar)
         names = tuple(self._names(bound)[n] for n in program.relevance.names)
+        inputs, positions = relevance[: len(names)], relevance[len(names) :]
         return Explanation(
-            one_or_many(names, relevance),
+            one_or_many(names, inputs),
             scalar,
             one_or_many(names, coefficients),
             {name: r for name, (r, _) in zip(program.relevance.latents, latents, strict=True)},
+            dict(zip(program.relevance.positions, positions, strict=True)),
             lambda: self._run_model(bound),
-            lambda: self._account(program, bound, operands, dict(zip(names, relevance, strict=True))),
+            lambda: self._account(
+                program,
+                bound,
+                operands,
+                dict(zip((*names, *program.relevance.positions), relevance, strict=True)),
+            ),
         )
 
     def with_composite(self, composite: str | Composite) -> Explainer:
@@ -514,7 +521,13 @@ class Explainer:
             )
         relevance, scalar, coefficients, _ = program.relevance.graph(*tensors, *operands)
         names = program.relevance.names
-        return Explanation(one_or_many(names, relevance), scalar, one_or_many(names, coefficients))
+        positions = dict(zip(program.relevance.positions, relevance[len(names) :], strict=True))
+        return Explanation(
+            one_or_many(names, relevance[: len(names)]),
+            scalar,
+            one_or_many(names, coefficients),
+            positions=positions,
+        )
 
     def _run_model(self, bound: Bound) -> Any:
         return call_model(self.model, bound)

@@ -8,8 +8,10 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .errors import InputError
 from .ledger import Ledger
 
 #: One tensor where one input is explained, a dict by input name where there are several.
@@ -27,12 +29,16 @@ class Explanation:
         coefficients: what relevance is a product with: ``relevance = (input or embedding) * coefficient``; as
             ``relevance``, but ``[batch, sequence, hidden]`` for token ids.
         latents: relevance by module path, as asked for by ``lrp_compile(latents=…)``.
+        positions: under the composite ``pa`` relevance of positions, ``[batch, sequence]`` each: of rotary
+            tables, ``"cos @ layer"`` and ``"sin @ layer"``, and of position embeddings, by module or
+            parameter.
     """
 
     relevance: Relevance
     value: Tensor
     coefficients: Relevance
     latents: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    positions: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
     _output: Callable[[], Any] | None = field(default=None, repr=False)
     _ledger: Callable[[], Ledger] | None = field(default=None, repr=False)
 
@@ -54,6 +60,32 @@ class Explanation:
             )
         return self._ledger()
 
+    def position_aware(self) -> Tensor:
+        """Relevance of tokens and of their positions in one, ``[batch, sequence]``, at most 1 in magnitude.
+
+        With the relevance r_t of each rotary table (cosine and sine of each layer) and |.| the largest
+        magnitude of a sample: ``P = sum_t abs(r_t) / |r_t|``, ``R = R_tokens / |R_tokens| + P / |P|``, over
+        ``|R|``. Position embeddings are summands of the tokens' own embeddings: their relevance adds to that
+        of the tokens as it is.
+
+        Raises:
+            InputError: there is no relevance of positions, or not of one sequence of tokens.
+
+        Source: Bakish et al. 2025 (PA-LRP, arXiv 2506.02138).
+        """
+        if not self.positions or not isinstance(self.relevance, Tensor):
+            raise InputError(
+                "Relevance of positions is for one sequence of tokens, under composite='pa', of a model with "
+                "rotary tables or position embeddings."
+            )
+        tokens, rotary = self.relevance, torch.zeros_like(self.relevance)
+        for label, found in self.positions.items():
+            if " @ " in label:
+                rotary = rotary + _scaled(found).abs()
+            else:
+                tokens = tokens + found
+        return _scaled(_scaled(tokens) + _scaled(rotary))
+
     def __repr__(self) -> str:
         def shape(value: Relevance) -> str:
             if isinstance(value, Tensor):
@@ -63,6 +95,11 @@ class Explanation:
         scalars = ", ".join(f"{v:.4g}" for v in self.value.detach().float().flatten()[:4].tolist())
         dots = ", …" if self.value.numel() > 4 else ""
         return f"Explanation(value=[{scalars}{dots}], relevance={shape(self.relevance)})"
+
+
+def _scaled(relevance: Tensor) -> Tensor:
+    largest = relevance.abs().amax(-1, keepdim=True)
+    return relevance / largest.clamp_min(torch.finfo(relevance.dtype).tiny)
 
 
 def one_or_many(names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> Relevance:

@@ -6,7 +6,7 @@ Activity follows floating point data only: sizes read off active tensors, compar
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx as nx
 from torch import fx
@@ -81,7 +81,13 @@ class Source:
 
     def moved(self, nodes: Mapping[str, fx.Node]) -> Source:
         """The same source in another graph whose nodes have the same names."""
-        return Source(nodes[self.input.name], nodes[self.node.name], tuple(nodes[n.name] for n in self.path))
+        path = tuple(nodes[n.name] for n in self.path)
+        return replace(self, input=nodes[self.input.name], node=nodes[self.node.name], path=path)
+
+    @property
+    def name(self) -> str:
+        """What its relevance is reported under."""
+        return input_name(self.input)
 
 
 def carries(node: fx.Node) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -29,11 +29,14 @@ from ..rules.registry import qualified_name
 from .activity import Source, carries, reachable
 from .graphs import contents, is_float, is_op, leaves, without_casts
 from .locate import idle_entries, located, site_of
+from .patterns import scan_parameters
 from .plan import Assignment, Plan
 from .provenance import module_path, source_line
 
 #: Kinds through which an operand is the same factor of a product as what it is made of.
 _TRANSPARENT = frozenset({"structural", "add"})
+_ACTIVATIONS = frozenset({"activation"})
+_GATES = _ACTIVATIONS | {"gate", "softmax"}
 
 
 def assign(
@@ -57,11 +60,12 @@ def assign(
     reached = reachable(module, starts)
     steps = [n for n in module.graph.nodes if n in reached and _is_call(n) and n not in starts]
     sites = {n: site_of(n, _kind(n, leaves(n), _active(n, reached), reached)) for n in steps}
-    rulebook = located(composite.rulebook(), sites, reached)
+    rulebook = located(composite.rulebook(), sites)
+    fixed = scan_parameters(module.graph, reached) if rulebook.preset.freezes_scans else {}
     frozen = {
         node: row
         for node in steps
-        if (row := _assignment(node, reached, rulebook, strict=False)).rule.freezes
+        if (row := _assignment(node, reached, rulebook, fixed, strict=False)).rule.freezes
     }
     active = reachable(module, starts, frozen)
     carrying = {t for t in targets if t in active}
@@ -72,7 +76,7 @@ def assign(
         if node.target is operator.getitem:  # an element of a tuple is part of the op that made it
             carrying.add(node.args[0])
             continue
-        row = _assignment(node, active, rulebook, strict=strict)
+        row = _assignment(node, active, rulebook, fixed, strict=strict)
         rows[node] = row
         operands = leaves(node)
         carrying.update(operands[i] for i in row.active)
@@ -102,8 +106,17 @@ def _active(node: fx.Node, active: set[fx.Node]) -> tuple[int, ...]:
     )
 
 
-def _assignment(node: fx.Node, active: set[fx.Node], rulebook: Rulebook, *, strict: bool) -> Assignment:
-    operands, positions = leaves(node), _active(node, active)
+def _assignment(
+    node: fx.Node,
+    active: set[fx.Node],
+    rulebook: Rulebook,
+    fixed: Mapping[fx.Node, frozenset[int]],
+    *,
+    strict: bool,
+) -> Assignment:
+    """The row of a node; ``fixed`` are operands that count as constants though they are active."""
+    operands = leaves(node)
+    positions = tuple(i for i in _active(node, active) if i not in fixed.get(node, ()))
     kind = _kind(node, operands, positions, active)
     choice = rulebook.choose(site_of(node, kind))
     if choice is None:
@@ -156,6 +169,11 @@ def _product(
     active: set[fx.Node],
 ) -> Assignment:
     """Products and matrix products: gates taken out where they are frozen, shares by number of factors."""
+    if rulebook.preset.freezes_gated and kind == "product":
+        gates = tuple(i for i in positions if _is_gate(operands[i], active, _ACTIVATIONS))
+        if gates:
+            reason = f"{rulebook.preset.title}: gated by an activation"
+            return _row(node, kind, positions, Choice(Freeze(), reason))
     if rulebook.preset.freezes_gates and kind == "product":
         gates = tuple(i for i in positions if _is_gate(operands[i], active))
         if gates and len(gates) < len(positions):
@@ -274,11 +292,11 @@ def _weighs_values(node: fx.Node, active: set[fx.Node]) -> bool:
     )
 
 
-def _is_gate(node: fx.Node, active: set[fx.Node]) -> bool:
-    """Whether a factor comes straight from an activation, a gate or a softmax."""
+def _is_gate(node: fx.Node, active: set[fx.Node], kinds: frozenset[str] = _GATES) -> bool:
+    """Whether a factor comes straight from an activation, a gate or a softmax, or another of these kinds."""
     while is_op(node) or node.op == "call_function":
         kind = kind_of(node.target)
-        if kind in ("activation", "gate", "softmax"):
+        if kind in kinds:
             return True
         nodes = [x for x in contents(node) if isinstance(x, fx.Node) and x in active]
         if kind not in _TRANSPARENT | {"selection", "division", "product"} or len(set(nodes)) != 1:

@@ -23,13 +23,12 @@ def site_of(node: fx.Node, kind: str | None) -> Site:
     return Site(kind or "", module_path(node), qualified_name(node.target), node.name, types)
 
 
-def located(rulebook: Rulebook, sites: Mapping[fx.Node, Site], active: set[fx.Node]) -> Rulebook:
+def located(rulebook: Rulebook, sites: Mapping[fx.Node, Site]) -> Rulebook:
     """The rulebook with each ``first(…)`` and ``last(…)`` as the nodes that it means on this graph.
 
     Args:
         rulebook: what may hold such selectors.
-        sites: the nodes that can be meant, in the graph's order.
-        active: the nodes that carry relevance.
+        sites: the nodes that carry relevance, in the graph's order.
     """
 
     def change(selector: Selector) -> Selector:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..rules import Composite
+from ..rules import Composite, preset
 from .activity import explained, refuse_missing
 from .assign import assign
 from .canonicalize import Canonical
 from .demand import demand_rows, only_outputs
 from .graphs import outputs
 from .plan import Plan
+from .positions import with_position_leaves
 from .rewrite import rewrite
 from .seed import Seed
 from .transpose import Relevance, transpose
@@ -79,6 +80,10 @@ def build(
     graph = only_outputs(graph, seed.outputs)
     targets = seed.reads(outputs(graph.graph))
     sources = explained(graph, targets, inputs)
+    if preset(composite.base).positional:
+        graph, leaves = with_position_leaves(graph, sources)
+        targets = seed.reads(outputs(graph.graph))
+        sources = (*explained(graph, targets, inputs), *leaves)
     plan = assign(graph, sources, targets, composite, strict=strict)
     refuse_missing(plan.sources, inputs)
     rule_graph = verify_rules(rewrite(graph, plan), plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from .activity import Source
 from .cleanup import clean
 from .graphs import arg, fake_mode, outputs, tree, value
 from .ids import route
+from .positions import PositionLeaf, per_position
 from .rewrite import is_rule, rule_op
 from .seed import Seed
 from .template import Templates
@@ -26,14 +28,15 @@ from .template import Templates
 class Relevance:
     """A relevance graph with the order of what it returns.
 
-    The graph returns ``(relevance, value, coefficients, latents)``: relevance and coefficients as tuples in
-    the order of ``names``, the explained scalars ``[batch]``, and pairs of relevance and coefficient in the
-    order of ``latents``.
+    The graph returns ``(relevance, value, coefficients, latents)``: relevance as a tuple in the order of
+    ``names`` and then of ``positions``, the explained scalars ``[batch]``, coefficients in the order of
+    ``names``, and pairs of relevance and coefficient in the order of ``latents``.
     """
 
     graph: fx.GraphModule
     names: tuple[str, ...]
     latents: tuple[str, ...]
+    positions: tuple[str, ...] = ()
 
 
 def transpose(
@@ -97,12 +100,14 @@ class _Transposition:
             for at in self.latents.values()
             if by_name[at] in kept
         )
-        relevance = tuple(r for r, _ in by_input.values())
-        self.graph.output((relevance, scalar, tuple(c for _, c in by_input.values()), latents))
+        positions = tuple(s.name for s in self.sources if isinstance(s, PositionLeaf))
+        inputs = tuple(name for name in by_input if name not in positions)
+        reached = tuple(name for name in by_input if name in positions)
+        relevance = tuple(by_input[name][0] for name in (*inputs, *reached))
+        self.graph.output((relevance, scalar, tuple(by_input[name][1] for name in inputs), latents))
         graph = clean(self.module, self.graph, self.constants)
-        return Relevance(
-            graph, tuple(by_input), tuple(n for n, at in self.latents.items() if by_name[at] in kept)
-        )
+        found = tuple(n for n, at in self.latents.items() if by_name[at] in kept)
+        return Relevance(graph, inputs, found, reached)
 
     # -- forward ---------------------------------------------------------------------------------------------
 
@@ -273,8 +278,11 @@ class _Transposition:
         for source in self.sources:
             if source.node not in kept:
                 continue
-            name, coefficient = str(source.input.target), kept[source.node]
-            if not source.is_lookup:
+            name, coefficient = source.name, kept[source.node]
+            if isinstance(source, PositionLeaf):
+                summed = functools.partial(per_position, source.dim)
+                relevance = self._call(f"positions {source.dim}", summed, source.node, coefficient)
+            elif not source.is_lookup:
                 relevance = self._call("relevance", operator.mul, source.node, coefficient)
             else:
                 tokens = self._call("tokens", _token_relevance, source.node, coefficient)

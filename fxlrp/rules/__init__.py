@@ -6,7 +6,7 @@ from .base import Call, Freeze, Gradient, Linearization, Rule, Taylor, WinnerTak
 from .composites import Composite, as_composite
 from .linear import Epsilon, Structural
 from .norm import NormRule
-from .presets import PRESETS, Preset
+from .presets import PRESETS, Preset, preset
 from .product import FreezeDenominator, Uniform
 from .registry import register_rule
 from .selectors import Selector, first, last, module_type, name, op
@@ -47,6 +47,7 @@ __all__ = [
     "module_type",
     "name",
     "op",
+    "preset",
     "register_rule",
     "vjp",
 ]

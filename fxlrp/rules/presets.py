@@ -13,7 +13,7 @@ from .base import Freeze, Gradient, Rule, Taylor, WinnerTakesAll
 from .linear import Epsilon, Structural
 from .norm import NormRule
 from .product import FreezeDenominator, Uniform
-from .selectors import Selector, nearest
+from .selectors import Op, Selector, nearest
 from .softmax import SoftmaxTaylor
 from .solve import Substitution
 from .table import KINDS
@@ -30,6 +30,8 @@ class Preset:
         entries: pairs of a selector and a rule that go before the rules by kind.
         freezes_gates: the activation in ``act(gate) * up`` counts as a constant.
         freezes_gated: a product with an activation as a factor counts as a constant as a whole.
+        positional: rotary tables and position embeddings are explained beside the inputs.
+        freezes_scans: decay, step size, B and C of a selective scan count as constants.
         allows_any_op: ops without a row in the table are differentiated as they are.
     """
 
@@ -39,6 +41,8 @@ class Preset:
     entries: tuple[tuple[Selector, Rule], ...] = ()
     freezes_gates: bool = False
     freezes_gated: bool = False
+    freezes_scans: bool = False
+    positional: bool = False
     allows_any_op: bool = False
 
 
@@ -107,6 +111,19 @@ _ALL = (
             product=Uniform(),
         ),
         allows_any_op=True,
+    ),
+    Preset(
+        "pa",
+        "PA-LRP (Bakish et al. 2025): attnlrp with relevance of positions",
+        _ATTNLRP,
+        positional=True,
+    ),
+    Preset(
+        "mamba",
+        "MambaLRP (Jafari et al. 2024): selective scans linear in their input, identity and half rules",
+        _ATTNLRP,
+        entries=((Op("aten::exp"), Freeze()), (Op("aten::softplus"), Freeze())),
+        freezes_scans=True,
     ),
     Preset(
         "attribution-graph",

@@ -1,4 +1,4 @@
-"""The ``fxlrp`` command: ``fxlrp demo`` explains a sentence and a digit with the shipped models."""
+"""The ``fxlrp`` command: ``demo`` explains with the shipped models, ``composites`` shows presets, files."""
 
 import argparse
 import itertools
@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fxlrp import Explanation, Ledger, __version__, lrp_compile
+from fxlrp import Composite, CompositeError, Explanation, Ledger, __version__, lrp_compile
 from fxlrp.demo import Encoding, SentimentTokenizer, load_digits, load_digits_data, load_sentiment
 from fxlrp.demo.digits import HELD_OUT
 from fxlrp.demo.sentiment import MAX_LENGTH
 from fxlrp.report import Scale, print_image, print_tokens, save_image, write_html
+from fxlrp.rules import PRESETS, as_composite
+from fxlrp.rules.describe import listing, matrix
 
 DEFAULT_TEXT = "A warm, witty and beautifully acted film, even if the ending drags."
 DEFAULT_DIGIT = 262
@@ -61,12 +63,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a character that the terminal cannot show is no reason to fail
             stream.reconfigure(errors="replace")
     try:
-        demo(arguments.text, arguments.out, arguments.digit)
-    except UsageError as error:
+        arguments.run(arguments)
+    except (UsageError, CompositeError) as error:
         return _fail(str(error), 2)
     except (ImportError, OSError) as error:
         return _fail(str(error), 1)
     return 0
+
+
+def composites(name: str | None, *, markdown: bool = False) -> str:
+    """All presets as a list or a Markdown table, or one preset or composite in a JSON file as a table.
+
+    Raises CompositeError for a name that is neither.
+    """
+    if name is None:
+        return matrix() if markdown else listing()
+    if name not in PRESETS and Path(name).is_file():
+        return str(Composite.from_json(Path(name).read_text(encoding="utf-8")))
+    return str(as_composite(name))
 
 
 def demo(text: str | None, out: Path, digit: int) -> None:
@@ -203,6 +217,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"number of the held-out image, 0 to {HELD_OUT - 1} (default: {DEFAULT_DIGIT})",
     )
+    command.set_defaults(run=lambda given: demo(given.text, given.out, given.digit))
+    command = commands.add_parser(
+        "composites",
+        help="list the presets, or show one or a composite's file",
+        description="List the presets, or show what one of them, or a composite in a JSON file, is made of.",
+    )
+    command.add_argument("name", nargs="?", help="a preset's name or a JSON file (default: list all)")
+    command.add_argument("--markdown", action="store_true", help="all presets as one Markdown table")
+    command.set_defaults(run=lambda given: print(composites(given.name, markdown=given.markdown)))
     return parser
 
 

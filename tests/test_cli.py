@@ -152,3 +152,21 @@ def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None
         main([])
     assert end.value.code == 2
     assert "usage: fxlrp" in capsys.readouterr().err
+
+
+def test_composites_are_listed_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All presets with their sources, one as a table, and a composite from its file."""
+    assert main(["composites"]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == set(fxlrp.composites)
+    assert main(["composites", "cp"]) == 0
+    assert "FrozenAttention()" in capsys.readouterr().out
+    file = tmp_path / "mine.json"
+    file.write_text(fxlrp.Composite([(fxlrp.op("softmax"), fxlrp.rules.Freeze())], title="mine").to_json())
+    assert main(["composites", str(file)]) == 0
+    assert capsys.readouterr().out.startswith("mine, on top of attnlrp")
+
+
+def test_a_composite_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """The message names what there is, and the exit status tells scripts."""
+    assert main(["composites", "attnlpr"]) == 2
+    assert "did you mean 'attnlrp'" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,10 +25,12 @@ from fxlrp.rules import (
     Taylor,
     Uniform,
 )
-from fxlrp.rules.composites import as_composite, matrix
+from fxlrp.rules.composites import as_composite
+from fxlrp.rules.describe import matrix
 from fxlrp.rules.selectors import Site, from_data, to_data
 from fxlrp.rules.serial import RULES, rule_from_data, rule_to_data
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 op, name, module_type, first, last = fxlrp.op, fxlrp.name, fxlrp.module_type, fxlrp.first, fxlrp.last
 
 
@@ -269,5 +272,12 @@ def test_composites_print_as_tables() -> None:
     assert [line.split()[1] for line in rest[-len(KINDS) :]] == [
         f"op('{kind}')" for kind in PRESETS["cp"].rules
     ]
-    lines = matrix().splitlines()
-    assert len(lines) == 2 + len(KINDS) and all(line.count("|") == len(PRESETS) + 2 for line in lines)
+
+
+def test_the_documentation_has_the_presets_as_they_are() -> None:
+    """Breaks if a preset changes and docs/composites.md does not: `fxlrp composites --markdown`."""
+    page = (REPOSITORY / "docs" / "composites.md").read_text(encoding="utf-8")
+    assert matrix() in page
+    _, _, head, _, *rows = matrix().splitlines()
+    assert [row.split("`")[1] for row in rows] == list(PRESETS)
+    assert all(row.count("|") == head.count("|") for row in rows)

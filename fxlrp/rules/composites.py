@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from ..errors import CompositeError
 from .base import Rule
-from .presets import PRESETS, Preset, preset
+from .presets import Preset, preset
 from .registry import registered_by_name
 from .selectors import Selector, Site, from_data, to_data
 from .serial import rule_from_data, rule_text, rule_to_data
@@ -152,15 +152,3 @@ def as_composite(composite: str | Composite) -> Composite:
     raise CompositeError(
         f"composite is a preset's name or a fxlrp.Composite, not {type(composite).__name__}."
     )
-
-
-def matrix(presets: Mapping[str, Preset] = PRESETS) -> str:
-    """All presets as a Markdown table: a row a kind, a column a preset."""
-    kinds = list(next(iter(presets.values())).rules)
-    lines = [
-        "| kind | " + " | ".join(f"`{title}`" for title in presets) + " |",
-        "|---" * (1 + len(presets)) + "|",
-    ]
-    for kind in kinds:
-        lines.append(f"| `{kind}` | " + " | ".join(rule_text(p.rules[kind]) for p in presets.values()) + " |")
-    return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -90,9 +91,15 @@ class Plan:
 
 
 def _rule_text(rule: Rule) -> str:
-    return (
-        repr(rule).replace("epsilon=0.0", "").replace("shares=()", "").replace("(, ", "(").replace(", )", ")")
-    )
+    """A rule with those of its parameters that are not the default."""
+    if not dataclasses.is_dataclass(rule):
+        return repr(rule)
+    given = [
+        f"{f.name}={getattr(rule, f.name)!r}"
+        for f in dataclasses.fields(rule)
+        if f.repr and getattr(rule, f.name) != f.default
+    ]
+    return f"{type(rule).__name__}({', '.join(given)})"
 
 
 def _fit(text: str, width: int) -> str:

@@ -4,12 +4,14 @@ from .activation import Identity
 from .attention import AttentionRule, FrozenAttention, GradientAttention
 from .base import Call, Freeze, Gradient, Linearization, Rule, Taylor, WinnerTakesAll, vjp
 from .composites import PRESETS, Composite, Selector, as_composite, name, op
+from .first_layer import Box, Flat, WSquare
 from .linear import Epsilon, Structural
-from .norm import NormRule
+from .norm import IdentityNorm, NormRule
 from .product import FreezeDenominator, Uniform
 from .registry import register_rule
 from .softmax import SoftmaxTaylor
 from .solve import Substitution
+from .split import AlphaBeta, Gamma, ZPlus
 from .table import KINDS, MULTILINEAR, OP_KINDS, kind_of
 
 __all__ = [
@@ -17,16 +19,21 @@ __all__ = [
     "MULTILINEAR",
     "OP_KINDS",
     "PRESETS",
+    "AlphaBeta",
     "AttentionRule",
+    "Box",
     "Call",
     "Composite",
     "Epsilon",
+    "Flat",
     "Freeze",
     "FreezeDenominator",
     "FrozenAttention",
+    "Gamma",
     "Gradient",
     "GradientAttention",
     "Identity",
+    "IdentityNorm",
     "Linearization",
     "NormRule",
     "Rule",
@@ -36,7 +43,9 @@ __all__ = [
     "Substitution",
     "Taylor",
     "Uniform",
+    "WSquare",
     "WinnerTakesAll",
+    "ZPlus",
     "as_composite",
     "kind_of",
     "name",

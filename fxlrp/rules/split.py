@@ -108,9 +108,9 @@ class AlphaBeta(_SignSplit):
     """The alpha-beta rule: positive contributions share ``alpha R``, negative ones ``-beta R``.
 
     ``R_i = sum_j (alpha (x_i w_ij)+ / (P_j + epsilon) - beta (x_i w_ij)- / (N_j - epsilon)) R_j`` with
-    alpha - beta = 1 and the
-    bias in P or N. In closed form, with ``A = |x| |W| + |b|``, ``u = alpha z G / (A + z + 2 epsilon)`` and
-    ``v = beta z G / (A - z + 2 epsilon)``: the coefficient of x is ``W^T (u + v) + sign(x) |W|^T (u - v)``.
+    alpha - beta = 1 and the bias in P or N. In closed form, with ``A = |x| |W| + |b|``,
+    ``u = alpha z G / (A + z + 2 epsilon)`` and ``v = beta z G / (A - z + 2 epsilon)``, the coefficient of x
+    is ``W^T (u + v) + sign(x) |W|^T (u - v)``.
 
     What stays behind: the bias's part (``bias``), the stabiliser's (``epsilon``), and the share of a sign
     that no contribution has (``empty``): where all are negative, P is 0 or the rounding of z and A, and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -11,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ..errors import CompositeError, place
 from ..rules.base import Call
 from ..rules.carry import carries_elements
-from .graphs import leaves, tree, value
+from .graphs import arg, leaves, tree, value
 from .plan import Assignment
 
 
@@ -23,7 +24,8 @@ def refuse_misfit(node: fx.Node, row: Assignment) -> None:
     """
     flat, spec = tree(node)
     args, kwargs = pytree.tree_unflatten([value(leaf) for leaf in flat], spec)
-    reason = row.rule.refusal(Call(node.target, args, kwargs, row.active))
+    op: Any = node.target
+    reason = row.rule.refusal(Call(op, args, kwargs, row.active))
     if reason is not None:
         raise CompositeError(
             f"{row.rule!r} ({row.reason}) cannot serve '{row.node}' ({row.op}, kind {row.kind!r}) in "
@@ -48,7 +50,7 @@ def refuse_later_layers(rows: Mapping[fx.Node, Assignment], starts: set[fx.Node]
                 continue
             seen.add(before)
             if before.target is operator.getitem:
-                stack.append(before.args[0])
+                stack.append(arg(before, 0))
                 continue
             step = rows[before]
             if not carries_elements(before.target, len(step.active)):

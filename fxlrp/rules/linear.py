@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -82,7 +82,7 @@ class Epsilon(Rule):
     """
 
     epsilon: float = 0.0
-    relative: bool = False
+    relative: bool = field(default=False, kw_only=True)
     kinds: ClassVar[frozenset[str] | None] = frozenset({"linear", "conv", "add"})
 
     def __post_init__(self) -> None:

@@ -80,7 +80,7 @@ class IdentityNorm(NormRule):
 
         def pullback(cotangent: Tensor) -> tuple[Tensor]:
             value = wide(x)
-            stabilised = value + torch.where(value < 0, -self.epsilon, self.epsilon)
+            stabilised = torch.where(value < 0, value - self.epsilon, value + self.epsilon)
             return ((wide(output) * cotangent / stabilised).to(x.dtype),)
 
         return Linearization(output, pullback)

@@ -28,7 +28,7 @@ class _Step:
     @staticmethod
     def of(rule: Rule, op: Any, operands: tuple[Any, ...], active: tuple[int, ...]) -> _Step:
         call = Call(op, operands, {}, active)
-        return _Step(call, rule, rule.linearize(call))
+        return _Step(call, rule, rule.linearize(call) if active else Linearization(call.run(), _nothing))
 
     def pull(self, cotangent: Tensor) -> dict[int, Tensor]:
         """Coefficients of the active operands by position."""
@@ -105,6 +105,10 @@ class Written:
         (found,) = self.repeats[which].pullback(cotangent)
         assert found is not None
         return found
+
+
+def _nothing(cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    return ()
 
 
 def _keep(x: Tensor) -> Linearization:

@@ -184,7 +184,7 @@ def attention_by_steps(
 def test_stabilised_attention(
     masked: str, heads: int, active: tuple[int, ...], settings: tuple[float, float, float]
 ) -> None:
-    """Breaks if a stabiliser sits elsewhere, a group of heads is not summed, or a cause is booked as another."""
+    """Breaks if a stabiliser sits elsewhere, a group of heads is not summed, or causes are mixed up."""
     (q, k, v), rest, options = attention_case(masked, heads)
     G = randn(2, 4, 3, 4, seed=3)
     found = step(AttentionRule(*settings), ops.attention, (q, k, v, *rest), active, G=G)

@@ -141,6 +141,14 @@ class TestAgainstTheTextbook:
         for b in (None, torch.zeros(6).double(), randn(6, seed=2)):
             compare(name, aten.linear.default, (x, W, b), 0)
 
+    @BY_NAME
+    def test_nothing_contributes(self, name: str) -> None:
+        """Breaks if a coefficient, however large, is divided by the least number there is."""
+        x, W, b, G = torch.ones(2, 3), torch.zeros(4, 3), torch.zeros(4), torch.full((2, 4), 1e30)
+        found = step(RULES[name][0], aten.linear.default, (x, W, b), (0,), G=G)
+        assert not found.coefficients[0].any()
+        assert not any(bool(amount) for amount in found.absorbed.values())
+
     def test_grouped_experts(self) -> None:
         """Breaks if an expert's weights are split with another's rows. The kernel takes float32 at most."""
         x, W = randn(6, 8).float(), randn(2, 8, 4, seed=1).float()

@@ -60,7 +60,7 @@ class Gamma(_SignSplit):
     epsilon: float = 0.0
 
     def __post_init__(self) -> None:
-        check(0 <= self.gamma < math.inf, self, "gamma must be 0 or more, and finite (ZPlus() is its limit)")
+        check(0 <= self.gamma < math.inf, self, "gamma must be 0 or more, and finite")
         check(self.epsilon >= 0, self, "epsilon must be 0 or more")
 
     def linearize(self, call: Call) -> Linearization:
@@ -68,14 +68,13 @@ class Gamma(_SignSplit):
             return Epsilon(self.epsilon).linearize(call)
         (x,) = call.operands()
         step, absolute = ordinary(call), ordinary(affine.magnitude(call))
-        z, room = self._room(step.output, absolute.output)
+        fraction = self._fraction(step.output, absolute.output)
 
         def pullback(cotangent: Cotangent) -> tuple[Tensor | None, ...]:
-            share = cotangent / room
-            (signed,) = step.pullback((share * z.abs()).to(cotangent.dtype))
-            (unsigned,) = absolute.pullback((share * z).to(cotangent.dtype))
+            (signed,) = step.pullback((cotangent * fraction.abs()).to(cotangent.dtype))
+            (unsigned,) = absolute.pullback((cotangent * fraction).to(cotangent.dtype))
             assert signed is not None and unsigned is not None
-            return (torch.add(signed, unsigned * x.sign(), alpha=self._weight),)
+            return (torch.addcmul(signed, unsigned, x.sign(), value=self._weight),)
 
         return Linearization(step.output, pullback)
 
@@ -83,23 +82,22 @@ class Gamma(_SignSplit):
     def _weight(self) -> float:
         return self.gamma / (2 + self.gamma)
 
-    def _room(self, output: Tensor, absolute: Tensor) -> tuple[Tensor, Tensor]:
-        """The output and ``|z| + l A + 2 epsilon / (2 + gamma)``, more than 0, both in float32 at least."""
+    def _fraction(self, output: Tensor, absolute: Tensor) -> Tensor:
+        """``z / (|z| + l A + 2 epsilon / (2 + gamma))``, in [-1, 1], in float32 at least."""
         z = wide(output)
         floor = max(2 * self.epsilon / (2 + self.gamma), torch.finfo(z.dtype).tiny)
-        return z, torch.add(z.abs(), wide(absolute), alpha=self._weight) + floor
+        return z / (torch.add(z.abs(), wide(absolute), alpha=self._weight) + floor)
 
     def absorbed(
         self, call: Call, output: Tensor, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
     ) -> dict[str, Tensor]:
         if self.gamma == 0:
             return Epsilon(self.epsilon).absorbed(call, output, cotangent, coefficients)
-        z, room = self._room(output, affine.magnitude(call).run())
-        passed = cotangent * z.abs() / room
-        bias = _constant_part(call)
-        booked = {"bias": dot(bias, passed) + self._weight * dot(bias.abs(), passed * z.sign())}
+        fraction = self._fraction(output, affine.magnitude(call).run())
+        signed, bias = cotangent * fraction, _constant_part(call)
+        booked = {"bias": dot(bias, cotangent * fraction.abs()) + self._weight * dot(bias.abs(), signed)}
         if self.epsilon:
-            booked["epsilon"] = 2 * self.epsilon / (2 + self.gamma) * dot(z.sign(), passed)
+            booked["epsilon"] = 2 * self.epsilon / (2 + self.gamma) * signed.double().sum()
         return booked
 
 
@@ -147,15 +145,15 @@ class AlphaBeta(_SignSplit):
         z, size, rounding = self._sums(step.output, absolute.output)
 
         def pullback(cotangent: Cotangent) -> tuple[Tensor | None, ...]:
-            arrived = z * cotangent
-            first = second = self.alpha * self._share(arrived, size + z, rounding)
+            arrived = z * cotangent if self.alpha == 1 else self.alpha * z * cotangent
+            first = second = self._share(arrived, size + z, rounding)
             if self.beta:
-                negative = self.beta * self._share(arrived, size - z, rounding)
-                first, second = first + negative, second - negative
+                negative, weight = self._share(arrived, size - z, rounding), self.beta / self.alpha
+                first, second = (torch.add(first, negative, alpha=w) for w in (weight, -weight))
             (signed,) = step.pullback(first.to(cotangent.dtype))
             (unsigned,) = absolute.pullback(second.to(cotangent.dtype))
             assert signed is not None and unsigned is not None
-            return (signed + unsigned * x.sign(),)
+            return (torch.addcmul(signed, unsigned, x.sign()),)
 
         return Linearization(step.output, pullback)
 
@@ -167,7 +165,8 @@ class AlphaBeta(_SignSplit):
 
     def _share(self, arrived: Tensor, part: Tensor, rounding: Tensor) -> Tensor:
         """``R / (part + 2 epsilon)``, 0 where the part is nothing but rounding."""
-        return torch.where(part > rounding, arrived / (part + 2 * self.epsilon), 0.0)
+        stabilised = part + 2 * self.epsilon if self.epsilon else part
+        return torch.where(part > rounding, arrived / stabilised, 0.0)
 
     def absorbed(
         self, call: Call, output: Tensor, cotangent: Cotangent, coefficients: Sequence[Tensor | None]

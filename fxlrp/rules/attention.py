@@ -53,10 +53,9 @@ class AttentionRule(_Attention):
     that carries no relevance leaves its share to the other one. What the softmax's Taylor step leaves over is
     ``remainder``.
 
-    With stabilisers or a temperature the three rules are composed on attention written out, N x N matrices
-    and
-    all: ``Uniform(epsilon)`` for ``A v``, ``SoftmaxTaylor(temperature)``, ``Uniform(score_epsilon)`` for
-    ``q k^T`` before it is scaled. The forward stays the op's own.
+    With stabilisers or a temperature attention is written out, N x N matrices included, and the three rules
+    are composed step by step: ``Uniform(epsilon)`` for ``A v``, ``SoftmaxTaylor(temperature)``,
+    ``Uniform(score_epsilon)`` for ``q k^T`` before it is scaled. The forward stays the op's own.
 
     Shapes: q ``[batch, heads, queries, d]``, k ``[batch, heads, keys, d]``, v ``[batch, heads, keys, e]``.
     Cost: by default that of the ordinary backward; written out two more products forward.

@@ -8,6 +8,7 @@ contribution can take an output's relevance it stays behind (``empty``); biases 
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,7 +22,7 @@ from .base import Call, Cotangent, Linearization, Rule, check, wide
 from .linear import ordinary
 
 #: Share of the largest possible denominator that counts as its rounding, in units of the dtype's eps.
-_ROUNDING = 8
+_ROUNDING = 4
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,15 @@ class Box(_FirstLayer):
     """The box rule z^B, for inputs that lie in a box, such as pixels.
 
     ``R_i = sum_j (x_i w_ij - l_i w_ij+ - h_i w_ij-) R_j / (sum_i' of the same)``. With the box's middle
-    ``m = (l + h) / 2`` and half-width ``d = (h - l) / 2`` the numerator is ``(x_i - m_i) w_ij + d_i
-    |w_ij|``: with ``c = R / ((x - m) W + d |W|)``, ``R_x = (x - m) W^T c + d |W|^T c``.
+    ``m = (l + h) / 2`` and half-width ``d = (h - l) / 2`` the numerator is
+    ``(x_i - m_i) w_ij + d_i |w_ij|``, so that with ``c = R / ((x - m) W + d |W|)`` relevance is
+    ``(x - m) W^T c + d |W|^T c``.
 
     Args:
-        low, high: of all inputs, or one for each channel: dimension 1 of a convolution's input, the last one
-        of
-            a linear layer's. They are those of the tensor that the layer reads, after normalisation: for
-            pixels ``(0 - mean) / std`` and ``(1 - mean) / std``.
+        low: least value of all inputs, or one for each channel: dimension 1 of a convolution's input, the last
+            one of a linear layer's. It is that of the tensor that the layer reads, after normalisation: for
+            pixels ``(0 - mean) / std``.
+        high: greatest value, likewise.
 
     Shapes: z, G and c as the op's output, relevance as x. Cost: two more products forward, one back.
 
@@ -89,7 +91,7 @@ class Box(_FirstLayer):
         check(len(lengths) <= 1, self, "low and high must have one number, or as many as the other")
         length = max(lengths, default=1)
         pairs = zip(low * (length // len(low)), high * (length // len(high)), strict=True)
-        check(all(a <= b for a, b in pairs), self, "low must not be above high")
+        check(all(-math.inf < a <= b < math.inf for a, b in pairs), self, "low must not be above high")
 
     def refusal(self, call: Call) -> str | None:
         reason = affine.refusal(call)

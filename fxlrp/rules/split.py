@@ -22,7 +22,7 @@ from .linear import Epsilon, ordinary
 
 #: Share of A up to which a sum of one sign counts as rounding, in units of the dtype's eps. z and A are
 #: rounded by up to half an eps each when they are stored, and by some more while they are summed up.
-_ROUNDING = 8
+_ROUNDING = 4
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class AlphaBeta(_SignSplit):
     that no contribution has (``empty``): where all are negative, P is 0 or the rounding of z and A, and
     nothing is divided by it.
 
-    Shapes: z, A, u, v and G as the op's output, the coefficient as x. Cost: one more product forward, one
-    back.
+    Shapes: z, A, u, v and G as the op's output, the coefficient as x.
+    Cost: one more product forward, one back.
 
     Source: Bach et al. 2015, eq. 60. The form with absolute values is ours.
 

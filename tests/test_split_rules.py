@@ -12,6 +12,7 @@ from test_rules import TOLERANCE, close, error, randn, step
 from torch import Tensor, nn
 
 import fxlrp
+from bench.models import case
 from fxlrp.compiler.graphs import is_op
 from fxlrp.rules import AlphaBeta, Epsilon, Gamma, Rule, ZPlus, affine
 from fxlrp.rules.base import Call
@@ -356,6 +357,17 @@ def test_half_precision(rule: Rule, dtype: torch.dtype) -> None:
     exact = step(rule, aten.linear.default, (x.double(), W.double(), b.double()), (0,), G=G.double())
     assert found.coefficients[0].dtype == dtype
     assert error(found.R[0].double(), exact.R[0]) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_a_model_with_experts(dtype: torch.dtype, within: float) -> None:
+    """Breaks if either of the ops that experts run as has no row."""
+    experts = case("Mixtral")
+    model, inputs = experts.model(dtype=dtype), experts.example(dtype)
+    explainer = fxlrp.lrp_compile(model, everywhere(Gamma(0.25)), backend="eager")
+    explanation = explainer(**inputs)
+    assert any("grouped_mm" in row.op and row.rule == Gamma(0.25) for row in explainer.plan)
+    assert explanation.ledger.residual < within
 
 
 def test_a_rule_that_does_not_fit_is_refused_with_its_place() -> None:

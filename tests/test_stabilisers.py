@@ -207,6 +207,17 @@ def test_attention_without_stabilisers_is_the_fused_one() -> None:
         assert error(one, other) < TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stabilised_attention_in_half_precision(dtype: torch.dtype) -> None:
+    """Breaks if the softmax or a quotient is taken in half precision."""
+    q, k, v, G = (randn(2, 3, 16, 32, seed=n).to(dtype) for n in range(4))
+    rule = AttentionRule(0.1, 0.1, 1.5)
+    found = step(rule, ops.attention, (q, k, v), (0, 1, 2), G=G)
+    exact = step(rule, ops.attention, (q.double(), k.double(), v.double()), (0, 1, 2), G=G.double())
+    for one, other in zip(found.R, exact.R, strict=True):
+        assert error(one.double(), other) < 4 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_stabilised_attention_in_a_model(attention: str) -> None:
     """Breaks if a mask or a batch size of the first call ends up in the graph, or the ledger stays open."""

@@ -66,9 +66,9 @@ class Box(_FirstLayer):
     ``(x - m) W^T c + d |W|^T c``.
 
     Args:
-        low: least value of all inputs, or one for each channel: dimension 1 of a convolution's input, the last
-            one of a linear layer's. It is that of the tensor that the layer reads, after normalisation: for
-            pixels ``(0 - mean) / std``.
+        low: least value of all inputs, or one for each channel: dimension 1 of a convolution's input, the
+            last one of a linear layer's. It is that of the tensor that the layer reads, after normalisation:
+            for pixels ``(0 - mean) / std``.
         high: greatest value, likewise.
 
     Shapes: z, G and c as the op's output, relevance as x. Cost: two more products forward, one back.

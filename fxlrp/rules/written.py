@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Call, Linearization, Rule, dot, vjp
+from .base import Call, Linearization, Rule, dot, vjp, wide
 from .product import Uniform
 from .softmax import SoftmaxTaylor
 
@@ -43,7 +43,7 @@ class _Step:
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """``A v`` with ``A = softmax(scale * q k^T + mask)``, step by step.
+    """``A v`` with ``A = softmax(scale * q k^T + mask)``, step by step; the softmax in float32 at least.
 
     Attributes:
         scores: ``q k^T``, whose keys are repeated for groups of query heads.
@@ -71,10 +71,11 @@ class Written:
         keys, values = repeat(keys), repeat(values)
         read = tuple(i for i in (_QUERY, _KEY) if i in call.active)
         scores = _Step.of(score_rule, torch.matmul, (query, keys.output.mT), read)
-        masked = _masked(scores.step.output * scale, mask, bool(given.get("is_causal")))
+        masked = _masked(wide(scores.step.output) * scale, mask, bool(given.get("is_causal")))
         weights = _Step.of(weight_rule, torch.ops.aten._safe_softmax.default, (masked, -1), (0,))
         mixed = ((0,) if read else ()) + ((1,) if _VALUE in call.active else ())
-        mixing = _Step.of(mixing_rule, torch.matmul, (weights.step.output, values.output), mixed)
+        shares = weights.step.output.to(query.dtype)
+        mixing = _Step.of(mixing_rule, torch.matmul, (shares, values.output), mixed)
         return Written(scores, weights, mixing, (keys, values), scale)
 
     def pullback(self, cotangent: Tensor) -> dict[int, Tensor]:
@@ -98,7 +99,8 @@ class Written:
         return {"epsilon": kept + self.scores.epsilon(of_scores), "remainder": left}
 
     def _of_scores(self, of_weights: Tensor) -> Tensor:
-        return self.weights.pull(of_weights)[0] * self.scale
+        found = self.weights.pull(of_weights.to(self.weights.step.output.dtype))[0] * self.scale
+        return found.to(of_weights.dtype)
 
     def _heads(self, which: int, cotangent: Tensor) -> Tensor:
         """Back to the heads that keys or values have."""

@@ -27,7 +27,9 @@ class Explanation:
             own shape; a dict by input name where several inputs are explained.
         value: the explained scalars, ``[batch]``.
         coefficients: what relevance is a product with: ``relevance = (input or embedding) * coefficient``; as
-            ``relevance``, but ``[batch, sequence, hidden]`` for token ids.
+            ``relevance``, but ``[batch, sequence, hidden]`` for token ids. Relevance by rules for the first
+            layer (``Box``, ``Flat``, ``WSquare``) is no such product and not in the coefficients, which
+            are 0 where there is no other.
         latents: relevance by module path, as asked for by ``lrp_compile(latents=…)``.
         positions: under the composite ``pa`` relevance of positions, ``[batch, sequence]`` each: of rotary
             tables, ``"cos @ layer"`` and ``"sin @ layer"``, and of position embeddings, by module or

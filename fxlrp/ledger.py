@@ -22,8 +22,9 @@ class Ledger:
     Attributes:
         value: the explained scalars ``[batch]``, float64.
         inputs: relevance of each explained input, ``[batch]`` each.
-        entries: what each node absorbed, and why: ``bias``, ``epsilon``, ``frozen`` operands, ``constant``
-            inputs (position embeddings, class tokens), ``remainder`` of Taylor steps, ``target`` for what a
+        entries: what each node absorbed, and why: ``bias``, ``epsilon``, ``empty`` where no contribution of
+            the sign that a rule asks for was there to take it, ``frozen`` operands, ``constant`` inputs
+            (position embeddings, class tokens), ``remainder`` of Taylor steps, ``target`` for what a
             nonlinear target function leaves over.
     """
 

@@ -20,6 +20,7 @@ from fxlrp.rules import (
     Gradient,
     GradientAttention,
     Identity,
+    IdentityNorm,
     NormRule,
     Rule,
     SoftmaxTaylor,
@@ -673,13 +674,21 @@ def laws() -> dict[str, tuple[Rule, Any, tuple[Any, ...], tuple[int, ...], dict[
         "division": (FreezeDenominator(), aten.div.Tensor, (x, y), (0,)),
         "layer_norm": (NormRule(), aten.layer_norm.default, (x, [4], b, b, 1e-5), (0,)),
         "rms_norm": (NormRule(), aten.rms_norm.default, (x, [4], b, None), (0,)),
+        "identity of layer_norm": (IdentityNorm(0.1), aten.layer_norm.default, (x, [4], b, b, 1e-5), (0,)),
+        "identity of rms_norm": (IdentityNorm(0.1), aten.rms_norm.default, (x, [4], b, None), (0,)),
+        "identity of group_norm": (IdentityNorm(0.1), aten.group_norm.default, (image, 2, b, b), (0,)),
+        "relative epsilon": (Epsilon(0.25, relative=True), aten.linear.default, (x, y[0].mT), (0,)),
         "group_norm": (NormRule(), aten.group_norm.default, (image, 2, b, b), (0,)),
         "attention": (AttentionRule(), ops.attention, (q, k, v), (0, 1, 2)),
         "attention to values": (AttentionRule(), ops.attention, (q, k, v), (2,)),
         "frozen attention": (FrozenAttention(), ops.attention, (q, k, v), (2,)),
         "frozen attention without values": (FrozenAttention(), ops.attention, (q, k, v), ()),
         "gradient of attention": (GradientAttention(), ops.attention, (q, k, v), (0, 1, 2)),
+        "stabilised attention": (AttentionRule(0.1, 0.2, 2.0), ops.attention, (q, k, v), (0, 1, 2)),
+        "stabilised attention to queries": (AttentionRule(0.1, 0.2), ops.attention, (q, k, v), (0,)),
+        "stabilised attention to values": (AttentionRule(0.1, 0.2), ops.attention, (q, k, v), (2,)),
         "softmax": (SoftmaxTaylor(), aten.softmax.int, (x, -1), (0,)),
+        "softened softmax": (SoftmaxTaylor(3.0), aten.softmax.int, (x, -1), (0,)),
         "freeze": (Freeze(), aten.sigmoid.default, (x,), (0,)),
         "taylor": (Taylor(), aten.exp.default, (x,), (0,)),
         "gradient": (Gradient(), aten.mul.Tensor, (x, y), (0, 1)),
@@ -696,7 +705,7 @@ def laws() -> dict[str, tuple[Rule, Any, tuple[Any, ...], tuple[int, ...], dict[
 
 LAWS = laws()
 #: Rules that may book the difference itself: first-order steps, which have no other formula.
-FIRST_ORDER = (Gradient, AttentionRule)
+FIRST_ORDER = (Gradient, AttentionRule, GradientAttention)
 
 
 @pytest.mark.parametrize("name", list(LAWS))

@@ -27,6 +27,7 @@ from ..rules.activation import op_name
 from ..rules.composites import Choice, Rulebook
 from ..rules.registry import qualified_name
 from .activity import Source, carries, reachable
+from .fit import refuse_later_layers, refuse_misfit
 from .graphs import contents, is_float, is_op, leaves, without_casts
 from .locate import idle_entries, located, site_of
 from .patterns import scan_parameters
@@ -55,6 +56,7 @@ def assign(
     Raises:
         UncoveredOpError: a nonlinear op carries relevance, no row of the table covers it, and ``strict``.
         NoPathError: nothing differentiable leads from an input to the target.
+        CompositeError: a rule cannot serve a node that the composite gives it to.
     """
     starts = {s.node for s in sources}
     reached = reachable(module, starts)
@@ -77,6 +79,7 @@ def assign(
             carrying.add(node.args[0])
             continue
         row = _assignment(node, active, rulebook, fixed, strict=strict)
+        refuse_misfit(node, row)
         rows[node] = row
         operands = leaves(node)
         carrying.update(operands[i] for i in row.active)
@@ -89,6 +92,7 @@ def assign(
             + (f"; frozen on the way: {', '.join(where)}" if where else "")
             + ". Integer inputs must reach an embedding lookup, float inputs must not be detached on the way."
         )
+    refuse_later_layers(rows, starts)
     read = {leaf for node in rows for leaf in leaves(node) if isinstance(leaf, fx.Node)}
     rows.update({node: row for node, row in frozen.items() if node in read})
     ordered = {n: rows[n] for n in module.graph.nodes if n in rows}

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..rules.base import Linearization, dot
+from ..rules.base import Call, Linearization, Rule, dot
+from ..rules.carry import Carry
 from .activity import Source, reachable
 from .graphs import arg, is_float, leaves, outputs
 from .ids import arriving
@@ -31,7 +32,7 @@ class Entry:
     Attributes:
         node: the node's name in the rule graph.
         module: path of its module.
-        cause: ``bias``, ``epsilon``, ``frozen``, ``constant``, ``remainder`` or ``target``.
+        cause: ``bias``, ``epsilon``, ``empty``, ``frozen``, ``constant``, ``remainder`` or ``target``.
         amount: relevance ``[batch]``, float64.
     """
 
@@ -77,13 +78,17 @@ def account(
         )
         _book(entries, ("target", "", "target"), score[sample].double().cpu() - arrived.cpu(), sample)
         cotangents: dict[fx.Node, Any] = {}
+        carried: dict[fx.Node, Any] = {}
         for node, g in zip(seed.reads(outputs(graph)), seeds, strict=True):
             if g is not None:
                 _accumulate(cotangents, node, g)
-        _pull(graph, values, steps, dependent, cotangents, entries, sample)
-        for node in dict.fromkeys(s.node for s in sources if s.is_lookup and s.path and s.node in cotangents):
+        _pull(graph, values, steps, dependent, cotangents, carried, entries, sample)
+        for node in dict.fromkeys(s.node for s in sources if s.is_lookup and s.path):
+            if node not in cotangents and node not in carried:
+                continue
             readers = [s for s in sources if s.node is node]
-            amount = _looked_up_elsewhere(readers, values, cotangents[node])
+            relevance = values[node].double() * cotangents.get(node, 0.0) + carried.get(node, 0.0)
+            amount = _looked_up_elsewhere(readers, values, relevance)
             _book(entries, (node.name, module_path(node), "constant"), amount.cpu(), sample)
     rows = tuple(
         Entry(node, path, cause, torch.stack(_padded(amounts, batch)))
@@ -125,32 +130,42 @@ def _pull(
     steps: dict[fx.Node, Linearization],
     dependent: set[fx.Node],
     cotangents: dict[fx.Node, Any],
+    carried: dict[fx.Node, Any],
     entries: dict[Any, list[Tensor]],
     sample: int,
 ) -> None:
-    for node in reversed(graph.nodes):
-        if node not in steps or node not in cotangents:
-            continue
-        target = rule_op(node)
-        cotangent = _as_tree(values[node], cotangents[node])
-        coefficients = steps[node].pullback(cotangent)
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-        call = target.bind(args, kwargs)
+    def hand_on(
+        node: fx.Node, rule: Rule, step: Linearization, found: dict[fx.Node, Any], into: dict[fx.Node, Any]
+    ) -> None:
+        cotangent = _as_tree(values[node], found[node])
+        coefficients = step.pullback(cotangent)
         with torch.no_grad():
-            booked = target.rule.absorbed(call, values[node], cotangent, coefficients)
+            booked = rule.absorbed(_call(node, values), values[node], cotangent, coefficients)
         if "constant" in booked and _reads_frozen(node, dependent):
             booked["frozen"] = booked.pop("constant")
         for cause, amount in booked.items():
             _book(entries, (node.name, module_path(node), cause), amount.cpu(), sample)
         operands = leaves(node)
-        for i, g in zip(target.active, coefficients, strict=True):
+        for i, g in zip(rule_op(node).active, coefficients, strict=True):
             if g is not None:
-                _accumulate(cotangents, operands[i], g)
+                _accumulate(into, operands[i], g)
+
+    for node in reversed(graph.nodes):
+        if node in steps and node in cotangents:
+            rule = rule_op(node).rule
+            hand_on(node, rule, steps[node], cotangents, carried if rule.direct else cotangents)
+        if node in steps and node in carried:
+            hand_on(node, Carry(), Carry().linearize(_call(node, values)), carried, carried)
 
 
-def _looked_up_elsewhere(sources: Sequence[Source], values: dict[fx.Node, Any], cotangent: Tensor) -> Tensor:
+def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Call:
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+    return rule_op(node).bind(args, kwargs)
+
+
+def _looked_up_elsewhere(sources: Sequence[Source], values: dict[fx.Node, Any], relevance: Tensor) -> Tensor:
     """Relevance of one lookup's tokens whose ids are no input's: prompts, start tokens, padding."""
-    tokens: Tensor = (values[sources[0].node].double() * cotangent.double()).sum(-1)
+    tokens = relevance.sum(-1)
     rest = tokens.sum()
     for source in sources:
         arrived = arriving(source.node, source.path, source.input, tokens, values)

@@ -14,12 +14,13 @@ from torch.utils import _pytree as pytree
 
 from ..errors import GraphError
 from ..rules.base import Call, Rule
+from ..rules.carry import Carry
 from .activity import Source
 from .cleanup import clean
 from .graphs import arg, fake_mode, outputs, tree, value
 from .ids import route
 from .positions import PositionLeaf, per_position
-from .rewrite import is_rule, rule_op
+from .rewrite import RuleOp, is_rule, rule_op
 from .seed import Seed
 from .template import Templates
 
@@ -64,7 +65,10 @@ def transpose(
 
 @dataclass(eq=False)
 class _Transposition:
-    """One run of :func:`transpose`: the graph under construction, each node's value and coefficient in it."""
+    """One run of :func:`transpose`: the graph under construction, each node's value and coefficient in it.
+
+    ``carried`` is relevance itself, on its way from a rule for the first layer to the input.
+    """
 
     module: fx.GraphModule
     sources: tuple[Source, ...]
@@ -75,9 +79,10 @@ class _Transposition:
     graph: fx.Graph = field(default_factory=fx.Graph)
     values: dict[fx.Node, Any] = field(default_factory=dict)
     cotangents: dict[fx.Node, Any] = field(default_factory=dict)
+    carried: dict[fx.Node, Any] = field(default_factory=dict)
     pending: dict[fx.Node, Any] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
-    joined: dict[fx.Node, tuple[Any, list[fx.Node], int]] = field(default_factory=dict)
+    joined: dict[Any, tuple[Any, list[fx.Node], int]] = field(default_factory=dict)
 
     def run(self) -> Relevance:
         nodes = [n for n in self.module.graph.nodes if n.op != "output"]
@@ -93,12 +98,14 @@ class _Transposition:
                 kept[node] = self.cotangents[node]
             if node in self.cotangents and is_rule(node):
                 self._backward(node)
+            if node in self.carried and is_rule(node):
+                self._carry(node)
         by_input = self._relevance(kept)
         by_name = {node.name: node for node in nodes}
         latents = tuple(
-            (self._call("relevance", operator.mul, by_name[at], kept[by_name[at]]), kept[by_name[at]])
+            self._relevance_at(by_name[at], kept)
             for at in self.latents.values()
-            if by_name[at] in kept
+            if by_name[at] in kept or by_name[at] in self.carried
         )
         positions = tuple(s.name for s in self.sources if isinstance(s, PositionLeaf))
         inputs = tuple(name for name in by_input if name not in positions)
@@ -106,7 +113,9 @@ class _Transposition:
         relevance = tuple(by_input[name][0] for name in (*inputs, *reached))
         self.graph.output((relevance, scalar, tuple(by_input[name][1] for name in inputs), latents))
         graph = clean(self.module, self.graph, self.constants)
-        found = tuple(n for n, at in self.latents.items() if by_name[at] in kept)
+        found = tuple(
+            n for n, at in self.latents.items() if by_name[at] in kept or by_name[at] in self.carried
+        )
         return Relevance(graph, inputs, found, reached)
 
     # -- forward ---------------------------------------------------------------------------------------------
@@ -141,13 +150,13 @@ class _Transposition:
 
     # -- backward --------------------------------------------------------------------------------------------
 
-    def _template(self, node: fx.Node) -> tuple[Any, list[fx.Node], int]:
+    def _template(self, node: fx.Node, other: RuleOp | None = None) -> tuple[Any, list[fx.Node], int]:
         """The joint template of a rule node (outputs first, then coefficients), its operand nodes, and the
-        number of outputs.
+        number of outputs; or the same with another rule than the node's.
         """
-        if node in self.joined:
-            return self.joined[node]
-        step_op = rule_op(node)
+        if (node, other) in self.joined:
+            return self.joined[node, other]
+        step_op = other or rule_op(node)
         flat, spec = tree(node)
         operands = [x for x in flat if isinstance(x, fx.Node)]
         constants = tuple(None if isinstance(x, fx.Node) else x for x in flat)
@@ -170,8 +179,8 @@ class _Transposition:
         key = (step_op, _own(step_op.rule), str(spec), tuple((type(c), str(c)) for c in constants))
         template = self.of_rules.get(key, joint, [*(value(x) for x in operands), *seeds])
         self.constants.update(template.constants)
-        self.joined[node] = (template, operands, len(result_leaves))
-        return self.joined[node]
+        self.joined[node, other] = (template, operands, len(result_leaves))
+        return self.joined[node, other]
 
     def _seeds(self, node: fx.Node) -> int:
         return sum(
@@ -187,7 +196,7 @@ class _Transposition:
             forward = self.values[node]
             if isinstance(value(node), Tensor) and isinstance(template.outputs[0], fx.Node):
                 known[template.outputs[0]] = forward
-        seeds = self._cotangent_leaves(node)
+        seeds = self._cotangent_leaves(node, self.cotangents[node])
         # PyTorch's derivatives make coefficients contiguous where their kernels need it; a template that was
         # traced with contiguous ones has left that out. The clean-up drops those that nothing needs.
         seeds = [self._aten(torch.ops.aten.contiguous.default, g) for g in seeds]
@@ -196,13 +205,27 @@ class _Transposition:
         wanted = [outs + i for i in range(len(rule_op(node).active))]
         results = template.inline(self.graph, [*self._operands(operands), *seeds], wanted, known)
         self._mark([n for k, n in known.items() if k not in before], node, "relevance of ")
+        into = self.carried if rule_op(node).rule.direct else self.cotangents
         for position, coefficient in zip(rule_op(node).active, results, strict=True):
             if coefficient is not None:
-                self._accumulate(flat[position], coefficient)
+                self._accumulate(flat[position], coefficient, into)
 
-    def _cotangent_leaves(self, node: fx.Node) -> list[Any]:
+    def _carry(self, node: fx.Node) -> None:
+        """Hand relevance itself on to a node's operands."""
+        step_op = RuleOp(rule_op(node).op, Carry(), rule_op(node).active)
+        template, operands, outs = self._template(node, step_op)
+        seeds = self._cotangent_leaves(node, self.carried[node])
+        wanted = [outs + i for i in range(len(step_op.active))]
+        known: dict[fx.Node, Any] = {}
+        results = template.inline(self.graph, [*self._operands(operands), *seeds], wanted, known)
+        self._mark(known.values(), node, "relevance of ")
+        flat, _ = tree(node)
+        for position, relevance in zip(step_op.active, results, strict=True):
+            if relevance is not None:
+                self._accumulate(flat[position], relevance, self.carried)
+
+    def _cotangent_leaves(self, node: fx.Node, cotangent: Any) -> list[Any]:
         """The coefficients of a node's floating point outputs; zeros where none arrived at one of several."""
-        cotangent = self.cotangents[node]
         if not isinstance(cotangent, dict):
             return [cotangent]
         found = []
@@ -218,14 +241,15 @@ class _Transposition:
                 found.append(cotangent[i])
         return found
 
-    def _accumulate(self, node: fx.Node, coefficient: Any) -> None:
+    def _accumulate(self, node: fx.Node, coefficient: Any, into: dict[fx.Node, Any] | None = None) -> None:
         """Add to a node's coefficient; an element of a tuple to its place in the tuple's."""
+        into = self.cotangents if into is None else into
         if node.op == "call_function" and node.target is operator.getitem:
             parent, index = arg(node, 0), arg(node, 1)
-            slots = self.cotangents.setdefault(parent, {})
+            slots = into.setdefault(parent, {})
             slots[index] = self._sum(slots.get(index), coefficient)
         else:
-            self.cotangents[node] = self._sum(self.cotangents.get(node), coefficient)
+            into[node] = self._sum(into.get(node), coefficient)
 
     def _sum(self, first: Any, second: Any) -> Any:
         if first is None:
@@ -276,16 +300,17 @@ class _Transposition:
         """Relevance and coefficient of each explained input by name; several lookups of one input add up."""
         found: dict[str, tuple[Any, Any]] = {}
         for source in self.sources:
-            if source.node not in kept:
+            if source.node not in kept and source.node not in self.carried:
                 continue
-            name, coefficient = source.name, kept[source.node]
+            name = source.name
             if isinstance(source, PositionLeaf):
+                coefficient = kept[source.node]
                 summed = functools.partial(per_position, source.dim)
                 relevance = self._call(f"positions {source.dim}", summed, source.node, coefficient)
-            elif not source.is_lookup:
-                relevance = self._call("relevance", operator.mul, source.node, coefficient)
             else:
-                tokens = self._call("tokens", _token_relevance, source.node, coefficient)
+                relevance, coefficient = self._relevance_at(source.node, kept, source.is_lookup)
+            if source.is_lookup:
+                tokens = relevance
                 relevance = route(
                     self.graph, source.node, source.path, source.input, tokens, self.values, self.templates
                 )
@@ -296,6 +321,24 @@ class _Transposition:
         if not found:
             raise GraphError("no relevance arrived at any source although the plan found a path")
         return found
+
+    def _relevance_at(
+        self, node: fx.Node, kept: dict[fx.Node, Any], is_lookup: bool = False
+    ) -> tuple[Any, Any]:
+        """Relevance of a node, summed over the hidden size of a lookup, and its coefficient: the product, and
+        what was carried there.
+        """
+        direct = self.carried.get(node)
+        if direct is not None and is_lookup:
+            direct = self._call("tokens carried", _summed, node, direct)
+        if node not in kept:
+            return direct, self._aten(torch.ops.aten.zeros_like.default, self.values[node])
+        product = (
+            self._call("tokens", _token_relevance, node, kept[node])
+            if is_lookup
+            else self._call("relevance", operator.mul, node, kept[node])
+        )
+        return (product if direct is None else self._sum(product, direct)), kept[node]
 
     def _call(self, key: str, function: Any, node: fx.Node, coefficient: Any) -> Any:
         """A function of a node's value and its coefficient."""
@@ -313,3 +356,7 @@ def _own(rule: Rule) -> int | None:
 
 def _token_relevance(embedding: Tensor, coefficient: Tensor) -> Tensor:
     return (embedding * coefficient).sum(-1)
+
+
+def _summed(embedding: Tensor, relevance: Tensor) -> Tensor:
+    return relevance.sum(-1)

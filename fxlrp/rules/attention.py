@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import Call, Cotangent, Linearization, Rule, dot, remainder, vjp
+from .base import Call, Cotangent, Linearization, Rule, check, dot, remainder, vjp
+from .product import Uniform
+from .softmax import SoftmaxTaylor
+from .written import Written
 
 
 @dataclass(frozen=True)
-class AttentionRule(Rule):
-    """AttnLRP's attention: the ordinary backward with q and k times 1/4 and v times 1/2.
-
-    The composition of the uniform rule for ``A v`` (1/2 each), the softmax rule, and the uniform rule for
-    ``q k^T`` (1/2 each), so any fused attention backward will do and no N x N matrix is needed. An operand
-    that carries no relevance leaves its share to the other one. What the softmax's Taylor step leaves over is
-    ``remainder``.
-
-    Shapes: q ``[batch, heads, queries, d]``, k ``[batch, heads, keys, d]``, v ``[batch, heads, keys, e]``.
-
-    Source: AttnLRP, Prop. 3.1 and 3.3.
-    """
+class _Attention(Rule):
+    """What the rules of this op share: who gets which part, and what the scores' part leaves over."""
 
     kinds: ClassVar[frozenset[str] | None] = frozenset({"attention"})
-
-    @property
-    def name(self) -> str:
-        return "attention"
-
-    def linearize(self, call: Call) -> Linearization:
-        step, shares = vjp(call), self._shares(call)
-        return Linearization(
-            step.output,
-            lambda cotangent: tuple(
-                None if g is None else g * share
-                for g, share in zip(step.pullback(cotangent), shares, strict=True)
-            ),
-        )
 
     @staticmethod
     def _shares(call: Call) -> tuple[float, ...]:
@@ -65,7 +45,76 @@ class AttentionRule(Rule):
 
 
 @dataclass(frozen=True)
-class FrozenAttention(AttentionRule):
+class AttentionRule(_Attention):
+    """AttnLRP's attention: the ordinary backward with q and k times 1/4 and v times 1/2.
+
+    The composition of the uniform rule for ``A v`` (1/2 each), the softmax rule, and the uniform rule for
+    ``q k^T`` (1/2 each), so any fused attention backward will do and no N x N matrix is needed. An operand
+    that carries no relevance leaves its share to the other one. What the softmax's Taylor step leaves over is
+    ``remainder``.
+
+    With stabilisers or a temperature attention is written out, N x N matrices included, and the three rules
+    are composed step by step: ``Uniform(epsilon)`` for ``A v``, ``SoftmaxTaylor(temperature)``,
+    ``Uniform(score_epsilon)`` for ``q k^T`` before it is scaled. The forward stays the op's own.
+
+    Shapes: q ``[batch, heads, queries, d]``, k ``[batch, heads, keys, d]``, v ``[batch, heads, keys, e]``.
+    Cost: by default that of the ordinary backward; written out two more products forward.
+
+    Source: AttnLRP, Prop. 3.1 and 3.3.
+
+    Raises:
+        CompositeError: a stabiliser is below 0, or the temperature is not above 0.
+    """
+
+    epsilon: float = 0.0
+    score_epsilon: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self.epsilon >= 0 and self.score_epsilon >= 0, self, "stabilisers must be 0 or more")
+        check(0 < self.temperature < math.inf, self, "temperature must be above 0, and finite")
+
+    @property
+    def name(self) -> str:
+        return "attention"
+
+    def linearize(self, call: Call) -> Linearization:
+        if self._is_written_out:
+            written = self._write_out(call)
+
+            def pullback(cotangent: Cotangent) -> tuple[Tensor | None, ...]:
+                found = written.pullback(cotangent)
+                return tuple(found.get(i) for i in call.active)
+
+            return Linearization(call.run(), pullback)
+        step, shares = vjp(call), self._shares(call)
+        return Linearization(
+            step.output,
+            lambda cotangent: tuple(
+                None if g is None else g * share
+                for g, share in zip(step.pullback(cotangent), shares, strict=True)
+            ),
+        )
+
+    @property
+    def _is_written_out(self) -> bool:
+        return (self.epsilon, self.score_epsilon, self.temperature) != (0.0, 0.0, 1.0)
+
+    def _write_out(self, call: Call) -> Written:
+        return Written.of(
+            call, Uniform(self.score_epsilon), SoftmaxTaylor(self.temperature), Uniform(self.epsilon)
+        )
+
+    def absorbed(
+        self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
+    ) -> dict[str, Tensor]:
+        if self._is_written_out:
+            return self._write_out(call).absorbed(cotangent)
+        return super().absorbed(call, output, cotangent, coefficients)
+
+
+@dataclass(frozen=True)
+class FrozenAttention(_Attention):
     """Attention weights as constants: all relevance to the values, ``G_v = A^T G``.
 
     Source: Ali et al. 2022 (AH-rule); CP-LRP in AttnLRP, section 2.
@@ -89,7 +138,7 @@ class FrozenAttention(AttentionRule):
 
 
 @dataclass(frozen=True)
-class GradientAttention(AttentionRule):
+class GradientAttention(_Attention):
     """The ordinary backward of attention; see :class:`fxlrp.rules.Gradient`."""
 
     @property

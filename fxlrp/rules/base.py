@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..errors import CompositeError
+
 #: Coefficient(s) of an op's output: one tensor, or one per output of the op (None where none arrives).
 Cotangent = Any
 #: Maps the coefficient of the output to the coefficients of the active operands, in their order.
@@ -84,6 +86,9 @@ class Rule(abc.ABC):
 
     #: A rule that lets nothing through: what it is assigned to counts as a constant for everything behind it.
     freezes: ClassVar[bool] = False
+    #: A rule whose pullback returns relevance of its operand instead of a coefficient: that of an explained
+    #: input where relevance is no product with the input's value (a pixel of 0 may get some).
+    direct: ClassVar[bool] = False
     #: Kinds of ops that the rule is defined for; None for all.
     kinds: ClassVar[frozenset[str] | None] = None
 
@@ -96,6 +101,12 @@ class Rule(abc.ABC):
     ) -> dict[str, Tensor]:
         """Relevance that stays behind at this node, by cause; float64 scalars. Nothing by default."""
         return {}
+
+    def refusal(self, call: Call) -> str | None:
+        """Why the rule cannot serve an op of one of its kinds, asked before anything is computed; None where
+        it can. ``call`` holds fake tensors: ops, shapes and dtypes are known, values are not.
+        """
+        return None
 
     @property
     def name(self) -> str:
@@ -123,6 +134,21 @@ def vjp(call: Call) -> Linearization:
 
     detached = [z.detach() if isinstance(z, Tensor) else z for z in outputs]
     return Linearization(pytree.tree_unflatten(detached, spec), pullback)
+
+
+def wide(x: Tensor) -> Tensor:
+    """A tensor in float32 where it is in half precision: ratios lose too much there."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def check(holds: bool, rule: Rule, says: str) -> None:
+    """Refuse a rule with impossible parameters, when it is made.
+
+    Raises:
+        CompositeError: with what is allowed.
+    """
+    if not holds:
+        raise CompositeError(f"{rule!r}: {says}.")
 
 
 def dot(value: Any, coefficient: Cotangent) -> Tensor:

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .base import Call, Cotangent, Linearization, Rule, dot, vjp
+from .activation import op_name
+from .base import Call, Cotangent, Linearization, Rule, check, dot, vjp, wide
 
 
-def sigma(z: Tensor, epsilon: float) -> Tensor:
-    """``|z| / (|z| + epsilon)``: what the stabiliser ``z + epsilon * sign(z)`` lets through, in [0, 1]."""
-    magnitude = z.abs()
-    return magnitude / (magnitude + epsilon)
+def sigma(z: Tensor, epsilon: float | Tensor) -> Tensor:
+    """``|z| / (|z| + epsilon)``: what the stabiliser ``z + epsilon * sign(z)`` lets through, in [0, 1]; in
+    float32 at least. Where z and epsilon are both 0 there is nothing to let through.
+    """
+    magnitude = wide(z.abs())
+    least = torch.finfo(magnitude.dtype).tiny
+    floor = epsilon.clamp_min(least) if isinstance(epsilon, Tensor) else max(epsilon, least)
+    return magnitude / (magnitude + floor)
+
+
+def _deviation(call: Call, z: Tensor) -> Tensor:
+    """The standard deviation of an output: over channels and space of each sample for convolutions, else over
+    the last dimension, so that neither padding nor other rows or samples matter.
+    """
+    if op_name(call.op).startswith("conv"):
+        dims = list(range(1 - call.args[1].dim(), 0))
+    else:
+        dims = [-1] if z.dim() else []
+    return wide(z.abs() if z.is_complex() else z).std(dims, correction=0, keepdim=True)
 
 
 def _is_plain_linear(call: Call) -> bool:
@@ -25,6 +41,11 @@ def _is_plain_linear(call: Call) -> bool:
         return False
     weight = call.args[1]
     return bool(weight.dim() == 2 and not weight.is_complex())
+
+
+def ordinary(call: Call) -> Linearization:
+    """The ordinary vector-Jacobian product of an op that is affine in its active operands."""
+    return _linear(call) if _is_plain_linear(call) else vjp(call)
 
 
 def _linear(call: Call) -> Linearization:
@@ -47,39 +68,51 @@ class Epsilon(Rule):
     that is affine in its active operands. What stays behind: the op's constant part ``z(0)`` times
     ``sigma(z) * G`` (``bias``), and ``sum((1 - sigma(z)) * z * G)`` (``epsilon``).
 
-    Shapes: z and G as the op's output, the coefficient as the operand.
+    With ``relative``, epsilon counts in standard deviations of the output: over the last dimension for linear
+    maps, products and sums, over channels and space of each sample for convolutions. They are constants for
+    relevance.
 
-    Source: Bach et al. 2015, eq. 58; Achtibat et al. 2024 (AttnLRP), eq. 8.
+    Shapes: z and G as the op's output, the coefficient as the operand. Cost: no further product.
+
+    Source: Bach et al. 2015, eq. 58; Achtibat et al. 2024 (AttnLRP), eq. 8; relative: Montavon et al. 2019,
+    whose epsilon is a quarter of the output's standard deviation.
+
+    Raises:
+        CompositeError: epsilon is below 0.
     """
 
     epsilon: float = 0.0
+    relative: bool = field(default=False, kw_only=True)
     kinds: ClassVar[frozenset[str] | None] = frozenset({"linear", "conv", "add"})
 
     def __post_init__(self) -> None:
-        if not self.epsilon >= 0:
-            raise ValueError(f"Epsilon(epsilon={self.epsilon}): epsilon must be 0 or more.")
+        check(self.epsilon >= 0, self, "epsilon must be 0 or more")
 
     def linearize(self, call: Call) -> Linearization:
-        step = _linear(call) if _is_plain_linear(call) else vjp(call)
+        step = ordinary(call)
         if self.epsilon == 0:
             return step
-        return Linearization(step.output, lambda cotangent: step.pullback(self._damp(step.output, cotangent)))
+        return Linearization(
+            step.output, lambda cotangent: step.pullback(self._damp(call, step.output, cotangent))
+        )
 
-    def _damp(self, output: Any, cotangent: Cotangent) -> Cotangent:
+    def _damp(self, call: Call, output: Any, cotangent: Cotangent) -> Cotangent:
         if self.epsilon == 0:
             return cotangent
-        return pytree.tree_map(
-            lambda z, g: None if g is None else g * sigma(z, self.epsilon),
-            output,
-            cotangent,
-            is_leaf=lambda leaf: leaf is None,
-        )
+
+        def damped(z: Tensor, g: Tensor | None) -> Tensor | None:
+            if g is None:
+                return None
+            epsilon = self.epsilon * _deviation(call, z) if self.relative else self.epsilon
+            return (g * sigma(z, epsilon)).to(g.dtype)
+
+        return pytree.tree_map(damped, output, cotangent, is_leaf=lambda leaf: leaf is None)
 
     def absorbed(
         self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
     ) -> dict[str, Tensor]:
         constant = call.with_active([torch.zeros_like(x) for x in call.operands()]).run()
-        passed = self._damp(output, cotangent)
+        passed = self._damp(call, output, cotangent)
         booked = {"bias": dot(constant, passed)}
         if self.epsilon:
             booked["epsilon"] = dot(output, cotangent) - dot(output, passed)

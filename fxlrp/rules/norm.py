@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .activation import op_name
-from .base import Call, Cotangent, Linearization, Rule, dot, vjp
+from .base import Call, Cotangent, Linearization, Rule, check, dot, vjp, wide
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,50 @@ class NormRule(Rule):
         if op_name(call.op) == "group_norm":
             bias = bias.view(-1, *(1,) * (cotangent.dim() - 2))
         return {"bias": dot(bias.expand_as(cotangent), cotangent)}
+
+
+@dataclass(frozen=True)
+class IdentityNorm(NormRule):
+    """The identity rule for normalisation: ``R_x = R_z``, so that neither the bias nor the mean keeps any.
+
+    With ``R_z = z * G`` the coefficient of x is ``z G / (x + epsilon sign(x))``, sign(0) = +1, in float32 at
+    least; the stabiliser keeps ``sum(R_z epsilon / (|x| + epsilon))`` (``epsilon``). Coefficients grow as x
+    gets small, so float16 may overflow. Of a norm that the model writes out, this is the step ``x * 1/std``
+    alone.
+
+    Shapes: x, z, G and the coefficient are equal. Cost: no product.
+
+    Source: AttnLRP, Prop. 3.4: the identity rule, with all of the relevance that arrives at z.
+
+    Raises:
+        CompositeError: epsilon is not above 0, although an x of 0 would be divided by.
+    """
+
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check(0 < self.epsilon < math.inf, self, "epsilon must be above 0, since an x of 0 is divided by it")
+
+    @property
+    def name(self) -> str:
+        return "identity_norm"
+
+    def linearize(self, call: Call) -> Linearization:
+        (x,) = call.operands()
+        output = call.run()
+
+        def pullback(cotangent: Tensor) -> tuple[Tensor]:
+            value = wide(x)
+            stabilised = torch.where(value < 0, value - self.epsilon, value + self.epsilon)
+            return ((wide(output) * cotangent / stabilised).to(x.dtype),)
+
+        return Linearization(output, pullback)
+
+    def absorbed(
+        self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
+    ) -> dict[str, Tensor]:
+        (x,) = call.operands()
+        return {"epsilon": dot(output * self.epsilon / (wide(x).abs() + self.epsilon), cotangent)}
 
 
 def _argument(call: Call, position: int, name: str) -> Any:

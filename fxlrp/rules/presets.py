@@ -10,12 +10,14 @@ from ..errors import CompositeError
 from .activation import Identity
 from .attention import AttentionRule, FrozenAttention, GradientAttention
 from .base import Freeze, Gradient, Rule, Taylor, WinnerTakesAll
+from .first_layer import Box, Flat
 from .linear import Epsilon, Structural
 from .norm import NormRule
 from .product import FreezeDenominator, Uniform
-from .selectors import Op, Selector, nearest
+from .selectors import Op, Selector, first, nearest, op
 from .softmax import SoftmaxTaylor
 from .solve import Substitution
+from .split import AlphaBeta, Gamma, ZPlus
 from .table import KINDS
 
 
@@ -79,8 +81,18 @@ _ATTNLRP = _rules(
     selection=WinnerTakesAll(),
 )
 
+#: The layers that read the explained input, whether they are convolutions or not.
+_FIRST = first(op("conv") | op("linear"))
+#: The stabiliser of linear layers in zennit's composites.
+_STABLE = Epsilon(1e-6)
+
 _ALL = (
     Preset("attnlrp", "Achtibat et al. 2024", _ATTNLRP),
+    Preset(
+        "attnlrp-gamma",
+        "Achtibat et al. 2024 for vision Transformers: the gamma rule for convolutions and linear layers",
+        _rules(_ATTNLRP, conv=Gamma(0.25), linear=Gamma(0.05)),
+    ),
     Preset(
         "cp",
         "Ali et al. 2022 as evaluated in Achtibat et al. 2024: attention weights and gates frozen",
@@ -139,6 +151,28 @@ _ALL = (
         ),
         freezes_gated=True,
         allows_any_op=True,
+    ),
+    Preset(
+        "epsilon-plus",
+        "zennit's EpsilonPlus: z+ for convolutions, epsilon for linear layers; the rest as attnlrp",
+        _rules(_ATTNLRP, conv=ZPlus(), linear=_STABLE),
+    ),
+    Preset(
+        "epsilon-plus-flat",
+        "zennit's EpsilonPlusFlat: epsilon-plus with the flat rule in the first layer",
+        _rules(_ATTNLRP, conv=ZPlus(), linear=_STABLE),
+        entries=((_FIRST, Flat()),),
+    ),
+    Preset(
+        "epsilon-gamma-box",
+        "zennit's EpsilonGammaBox: gamma for convolutions, epsilon for linear layers, box from -3 to 3 first",
+        _rules(_ATTNLRP, conv=Gamma(0.25), linear=_STABLE),
+        entries=((_FIRST, Box(-3.0, 3.0)),),
+    ),
+    Preset(
+        "epsilon-alpha2-beta1",
+        "zennit's EpsilonAlpha2Beta1: alpha 2, beta 1 for convolutions, epsilon for linear layers",
+        _rules(_ATTNLRP, conv=AlphaBeta(2.0, 1.0), linear=_STABLE),
     ),
     Preset("gradient", "Gradient x Input: no rules", _GRADIENT, allows_any_op=True),
 )

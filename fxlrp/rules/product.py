@@ -31,7 +31,7 @@ class Uniform(Epsilon):
         return "uniform"
 
     def linearize(self, call: Call) -> Linearization:
-        step = Epsilon(self.epsilon).linearize(call)
+        step = Epsilon(self.epsilon, relative=self.relative).linearize(call)
         shares = self.shares or (1 / len(call.active),) * len(call.active)
         return Linearization(
             step.output,

@@ -10,29 +10,38 @@ from ..errors import CompositeError
 from .activation import Identity
 from .attention import AttentionRule, FrozenAttention, GradientAttention
 from .base import Freeze, Gradient, Rule, Taylor, WinnerTakesAll
+from .first_layer import Box, Flat, WSquare
 from .linear import Epsilon, Structural
-from .norm import NormRule
+from .norm import IdentityNorm, NormRule
 from .product import FreezeDenominator, Uniform
 from .selectors import nearest
 from .softmax import SoftmaxTaylor
 from .solve import Substitution
+from .split import AlphaBeta, Gamma, ZPlus
 
 _CLASSES: tuple[type[Rule], ...] = (
+    AlphaBeta,
     AttentionRule,
+    Box,
     Epsilon,
+    Flat,
     Freeze,
     FreezeDenominator,
     FrozenAttention,
+    Gamma,
     Gradient,
     GradientAttention,
     Identity,
+    IdentityNorm,
     NormRule,
     SoftmaxTaylor,
     Structural,
     Substitution,
     Taylor,
     Uniform,
+    WSquare,
     WinnerTakesAll,
+    ZPlus,
 )
 #: The library's rules by name.
 RULES: Mapping[str, type[Rule]] = {kind.__name__: kind for kind in _CLASSES}

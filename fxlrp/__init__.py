@@ -15,7 +15,7 @@ from .explainer import Explainer, lrp_compile
 from .explanation import Explanation
 from .ledger import Ledger
 from .rules import PRESETS, Composite, name, op, register_rule
-from .targets import Function, Logit, LogitDifference, Predicted, Target
+from .targets import Function, Logit, LogitDifference, LogProb, Predicted, Span, Target, TopK
 
 #: The names that ``composite=`` takes.
 composites = tuple(PRESETS)
@@ -33,13 +33,16 @@ __all__ = [
     "InputError",
     "Ledger",
     "Logit",
+    "LogProb",
     "LogitDifference",
     "NoPathError",
     "NonFiniteError",
     "Predicted",
+    "Span",
     "StochasticModelError",
     "Target",
     "TargetError",
+    "TopK",
     "UncoveredOpError",
     "composites",
     "lrp_compile",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from .base import Call, Cotangent, Linearization, Rule, dot, remainder, vjp
+from .written import attention_of_many
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,13 @@ class AttentionRule(Rule):
         return "attention"
 
     def linearize(self, call: Call) -> Linearization:
-        step, shares = vjp(call), self._shares(call)
+        return self._shared(vjp(call), call)
+
+    def linearize_many(self, call: Call) -> Linearization:
+        return self._shared(attention_of_many(call), call)
+
+    def _shared(self, step: Linearization, call: Call) -> Linearization:
+        shares = self._shares(call)
         return Linearization(
             step.output,
             lambda cotangent: tuple(
@@ -76,10 +83,17 @@ class FrozenAttention(AttentionRule):
         return "frozen_attention"
 
     def linearize(self, call: Call) -> Linearization:
+        return self._of_values(vjp, call)
+
+    def linearize_many(self, call: Call) -> Linearization:
+        return self._of_values(attention_of_many, call)
+
+    @staticmethod
+    def _of_values(linearized: Callable[[Call], Linearization], call: Call) -> Linearization:
         values = Call(call.op, call.args, call.kwargs, (_VALUE,)) if _VALUE in call.active else None
         if values is None:
             return Linearization(call.run(), lambda cotangent: (None,) * len(call.active))
-        step = vjp(values)
+        step = linearized(values)
         return Linearization(
             step.output,
             lambda cotangent: tuple(
@@ -98,6 +112,9 @@ class GradientAttention(AttentionRule):
 
     def linearize(self, call: Call) -> Linearization:
         return vjp(call)
+
+    def linearize_many(self, call: Call) -> Linearization:
+        return attention_of_many(call)
 
     def absorbed(
         self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]

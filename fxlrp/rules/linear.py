@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .base import Call, Cotangent, Linearization, Rule, dot, vjp
+from .stacked import vjp_many
 
 
 def sigma(z: Tensor, epsilon: float) -> Tensor:
@@ -28,7 +29,9 @@ def _is_plain_linear(call: Call) -> bool:
 
 
 def _linear(call: Call) -> Linearization:
-    """``F.linear`` with constant weights: one matrix product back, whatever the strides."""
+    """``F.linear`` with constant weights: one matrix product back, whatever the strides, for any number of
+    coefficients.
+    """
     weight = call.args[1]
 
     def pullback(cotangent: Cotangent) -> tuple[Tensor | None, ...]:
@@ -60,7 +63,12 @@ class Epsilon(Rule):
             raise ValueError(f"Epsilon(epsilon={self.epsilon}): epsilon must be 0 or more.")
 
     def linearize(self, call: Call) -> Linearization:
-        step = _linear(call) if _is_plain_linear(call) else vjp(call)
+        return self._damped(_linear(call) if _is_plain_linear(call) else vjp(call))
+
+    def linearize_many(self, call: Call) -> Linearization:
+        return self._damped(_linear(call) if _is_plain_linear(call) else vjp_many(call))
+
+    def _damped(self, step: Linearization) -> Linearization:
         if self.epsilon == 0:
             return step
         return Linearization(step.output, lambda cotangent: step.pullback(self._damp(step.output, cotangent)))

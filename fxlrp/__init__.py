@@ -14,6 +14,7 @@ from .errors import (
 from .explainer import Explainer, lrp_compile
 from .explanation import Explanation
 from .ledger import Ledger
+from .maps import JVP, VJP
 from .rules import PRESETS, Composite, name, op, register_rule
 from .targets import Function, Logit, LogitDifference, LogProb, Predicted, Span, Target, TopK
 
@@ -23,6 +24,8 @@ composites = tuple(PRESETS)
 __version__ = "0.1.0"
 
 __all__ = [
+    "JVP",
+    "VJP",
     "CaptureError",
     "Composite",
     "CompositeError",

@@ -36,6 +36,7 @@ from .errors import CaptureError, FxlrpError, InputError, TargetError, first_lin
 from .explanation import Explanation, one_or_many
 from .finite import refuse_nonfinite
 from .ledger import Ledger
+from .maps import JVP, VJP, LinearMap, Vectors, linear_map, names_of, vectors_of
 from .memory import in_chunks
 from .rules import Composite, as_composite
 from .seeding import bundle_of, operands_of, seed_of
@@ -110,6 +111,7 @@ class Explainer:
     chunk: int | None = None
     _traces: dict[Any, list[Trace]] = field(default_factory=dict, repr=False)
     _programs: dict[Any, Compiled] = field(default_factory=dict, repr=False)
+    _maps: dict[Any, LinearMap] = field(default_factory=dict, repr=False)
     _function_traces: dict[Any, Trace] = field(default_factory=dict, repr=False)
     _last: Call | None = field(default=None, repr=False)
     _parameters: tuple[str, ...] = field(default=(), repr=False)
@@ -189,9 +191,114 @@ class Explainer:
         constants = {name: v for name, v in given.items() if not isinstance(v, Tensor)}
         self._last = Call(compiled.program, bound.names, constants, key, compiled.serves_others)
 
+    def vjp(
+        self,
+        outputs: str | Sequence[str],
+        cotangents: Vectors,
+        *args: Any,
+        wrt: str | Sequence[str],
+        **kwargs: Any,
+    ) -> VJP:
+        """Coefficients of nodes for K coefficients of other nodes: one forward and one batched backward pass.
+
+        ``G_wrt = sum_o P_o(G_o)`` with P the composition of the rules' pullbacks between the nodes, as the plan
+        has them: nothing passes what is frozen, and a node that nothing reaches gets 0. For the output and a
+        coefficient that is 1 at one logit this is the coefficient that explains that logit.
+
+        Args:
+            outputs: where the coefficients start: module paths (a module's output), names of nodes of
+                ``rule_graph``, inputs, or ``"output"`` for the logits.
+            cotangents: ``[K, *shape]``, one for each of the outputs.
+            *args: the model's own.
+            wrt: nodes whose coefficients are wanted, named likewise; paths may have wildcards. Token ids mean
+                their embeddings.
+            **kwargs: the model's own.
+
+        Raises:
+            InputError: a name is unknown or a shape does not fit; and as for a call.
+        """
+        return VJP(*self._mapped(outputs, cotangents, wrt, args, kwargs, forward=False))
+
+    def jvp(
+        self,
+        inputs: str | Sequence[str],
+        tangents: Vectors,
+        *args: Any,
+        outputs: str | Sequence[str],
+        **kwargs: Any,
+    ) -> JVP:
+        """Tangents of nodes for K tangents of other nodes, pushed forward through the rule-linearised graph.
+
+        The transpose of :meth:`vjp`: ``<vjp(G), T> = <G, jvp(T)>`` for all coefficients G of the outputs and
+        tangents T of the inputs. With ``composite="gradient"`` it is the model's directional derivative.
+
+        Args:
+            inputs: where the tangents start, named as for :meth:`vjp`.
+            tangents: ``[K, *shape]``, one for each of the inputs.
+            *args: the model's own.
+            outputs: nodes whose tangents are wanted.
+            **kwargs: the model's own.
+
+        Raises:
+            InputError: a name is unknown or a shape does not fit; and as for a call.
+        """
+        return JVP(*self._mapped(inputs, tangents, outputs, args, kwargs, forward=True))
+
+    def _mapped(
+        self,
+        given: str | Sequence[str],
+        vectors: Vectors,
+        wanted: str | Sequence[str],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        forward: bool,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Vectors of the wanted nodes, and values of these and the given ones, by name."""
+        starts = names_of(given, "inputs" if forward else "outputs")
+        stops = names_of(wanted, "outputs" if forward else "wrt")
+        with torch.inference_mode(False):
+            bound = bind(self.model, args, kwargs)
+            refuse_empty(bound)
+            refuse_unknown(bound, self.inputs)
+            trace = self._trace(bound)
+
+            def built(count: int | None) -> LinearMap:
+                key = (trace, forward, starts, stops, count)
+                if key not in self._maps:
+                    trace.admitted.clear()
+                    with collection_paused(), plain_region():
+                        self._maps[key] = linear_map(
+                            trace,
+                            self.composite,
+                            starts,
+                            stops,
+                            lambda graph: lower(graph, self.backend, bound.tensors[0].device),
+                            forward=forward,
+                            strict=self.strict,
+                            inputs=self._explained,
+                            count=count,
+                        )
+                return self._maps[key]
+
+            try:
+                chosen = built(None)
+                fixed = not is_symbol(trace.canonical.templates.lead())
+            except FxlrpError:
+                raise
+            except Exception:  # some ops take no symbol for the number of vectors
+                chosen, fixed = built(1), True
+            names = chosen.found.given
+            tensors = vectors_of(vectors, names, trace, bound, "tangents" if forward else "cotangents")
+            if fixed:
+                chosen = built(len(tensors[0]))
+            results, values = chosen.runner(*bound.tensors, *tensors)
+            of_values = zip((*chosen.found.wanted, *names), values, strict=True)
+            return dict(zip(chosen.found.wanted, results, strict=True)), dict(of_values)
+
     def with_composite(self, composite: str | Composite) -> Explainer:
         """An explainer of the same model by other rules; what was traced already is not traced again."""
-        return replace(self, composite=as_composite(composite), _programs={}, _function_traces={}, _last=None)
+        return replace(self, composite=as_composite(composite), _programs={}, _maps={}, _function_traces={}, _last=None)
 
     # -- what a call has compiled ----------------------------------------------------------------------------
 
@@ -242,8 +349,9 @@ class Explainer:
         self._traces[key] = [*kept, trace]
         alive = {id(t) for found in self._traces.values() for t in found}
         alive |= {id(t) for t in self._function_traces.values()}
-        for known in [k for k in self._programs if id(k[0]) not in alive]:
-            del self._programs[known]
+        for cache in (self._programs, self._maps):
+            for known in [k for k in cache if id(k[0]) not in alive]:
+                del cache[known]
         return trace
 
     def _capture(self, bound: Bound, *, dynamic: bool, exported: bool = True) -> Trace:

@@ -82,6 +82,10 @@ class Backward:
                 self.pending[node] = known
                 self.values[node] = results[0] if isinstance(value(node), Tensor) else tuple(results)
                 return
+        self.copy(node)
+
+    def copy(self, node: fx.Node) -> None:
+        """Copy a node as it is, without its rule."""
         copied = self.graph.node_copy(node, self._value)
         if is_rule(node):
             copied.target = rule_op(node).op
@@ -105,7 +109,7 @@ class Backward:
         operands = [x for x in flat if isinstance(x, fx.Node)]
         constants = tuple(None if isinstance(x, fx.Node) else x for x in flat)
         result_leaves, result_spec = pytree.tree_flatten(value(node))
-        present = tuple(map(_is_float, result_leaves))
+        present = tuple(map(is_float_tensor, result_leaves))
         many = self.is_many(node)
 
         def joint(*arguments: Any) -> tuple[Any, ...]:
@@ -131,7 +135,7 @@ class Backward:
         return self.joined[node]
 
     def _seeds(self, node: fx.Node) -> int:
-        return sum(map(_is_float, pytree.tree_leaves(value(node))))
+        return sum(map(is_float_tensor, pytree.tree_leaves(value(node))))
 
     def pull(self, node: fx.Node) -> None:
         template, operands, outs = self._template(node)
@@ -163,7 +167,7 @@ class Backward:
             return [cotangent]
         found = []
         for i, leaf in enumerate(pytree.tree_leaves(value(node))):
-            if _is_float(leaf):
+            if is_float_tensor(leaf):
                 if i not in cotangent:
                     output = (
                         self.graph.call_function(operator.getitem, (self.values[node], i))
@@ -179,7 +183,7 @@ class Backward:
             return self.graph.call_function(torch.ops.aten.zeros_like.default, (output,))
         index, other = next(iter(arrived.items()))
         like = self.like(pytree.tree_leaves(value(node))[index])
-        return self.inlined("zeros", _zeros_of_many, [(output, fake), (other, like)])
+        return self.inlined("zeros", zeros_of_many, [(output, fake), (other, like)])
 
     def accumulate(self, node: fx.Node, coefficient: Any) -> None:
         """Add to a node's coefficient; an element of a tuple to its place in the tuple's."""
@@ -227,7 +231,7 @@ def _many(
     """
     step = rule.linearize_many(call)
     try:
-        with _sizes_kept(mode):
+        with sizes_kept(mode):
             return step.output, step.pullback(cotangent)
     except Exception:
         if not isinstance(lead, int):
@@ -239,17 +243,19 @@ def _many(
     )
 
 
-def _sizes_kept(mode: Any) -> Any:
+def sizes_kept(mode: Any) -> Any:
     """A region in which tracing raises where it would fix a size of the trace."""
     kept = getattr(mode.shape_env, "error_on_new_guards", None)
     return contextlib.nullcontext() if kept is None else kept()
 
 
-def _is_float(leaf: Any) -> bool:
+def is_float_tensor(leaf: Any) -> bool:
+    """Whether a leaf is a tensor that can have a coefficient."""
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
-def _zeros_of_many(output: Tensor, other: Tensor) -> Tensor:
+def zeros_of_many(output: Tensor, other: Tensor) -> Tensor:
+    """Coefficients ``[K, *shape]`` of 0, as many as another node has."""
     return output.new_zeros((other.shape[0], *output.shape))
 
 

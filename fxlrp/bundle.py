@@ -140,9 +140,7 @@ def _count(target: Target) -> int:
     return next(int(v.shape[1]) for v in given if isinstance(v, Tensor) and v.dim() > 1)
 
 
-def _side_by_side(
-    members: Sequence[Target], batch: int, classes: int, device: torch.device
-) -> list[Tensor]:
+def _side_by_side(members: Sequence[Target], batch: int, classes: int, device: torch.device) -> list[Tensor]:
     """The members' indices as columns, zeros where one has fewer of them than another."""
     none = torch.zeros(batch, dtype=torch.long, device=device)
     columns = [
@@ -156,17 +154,17 @@ def _side_by_side(
 def _positions(
     members: Sequence[Target], shape: Sequence[int], device: torch.device, mask: Tensor | None, count: int
 ) -> Tensor | None:
-    """Where the targets read, ``[batch, K]``; ``[batch]`` where all read one row, None where it is the last."""
+    """Where the targets read, ``[batch, K]``; ``[batch]`` where it is one row, None for the last."""
     given = [getattr(member, "position", None) for member in members]
     if all(position is None for position in given):
-        return None
+        return None  # the graph finds the last row itself
     if len(shape) < 3:
         raise TargetError(
             f"The output has shape {tuple(shape)}: it has no positions, so position= does not apply."
         )
     batch, length = shape[:2]
     if len(members) == 1:
-        position = given[0]
+        position: Any = given[0]
         if not (isinstance(position, Tensor) and position.dim() > 1):
             return checked("position", position, batch, length, "positions", device)
         found = checked("position", position, batch, length, "positions", device, count)
@@ -175,7 +173,10 @@ def _positions(
         if mask is not None and mask.shape == (batch, length):
             last = last_unpadded(mask.to(device))
         found = torch.stack(
-            [last if p is None else checked("position", p, batch, length, "positions", device) for p in given],
+            [
+                last if p is None else checked("position", p, batch, length, "positions", device)
+                for p in given
+            ],
             1,
         )
     return found[:, 0] if bool((found == found[:, :1]).all()) else found

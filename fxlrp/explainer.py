@@ -201,9 +201,9 @@ class Explainer:
     ) -> VJP:
         """Coefficients of nodes for K coefficients of other nodes: one forward and one batched backward pass.
 
-        ``G_wrt = sum_o P_o(G_o)`` with P the composition of the rules' pullbacks between the nodes, as the plan
-        has them: nothing passes what is frozen, and a node that nothing reaches gets 0. For the output and a
-        coefficient that is 1 at one logit this is the coefficient that explains that logit.
+        ``G_wrt = sum_o P_o(G_o)`` with P the composition of the rules' pullbacks between the nodes, as the
+        plan has them: nothing passes what is frozen, and a node that nothing reaches gets 0. For the output
+        and a coefficient that is 1 at one logit this is the coefficient that explains that logit.
 
         Args:
             outputs: where the coefficients start: module paths (a module's output), names of nodes of
@@ -281,16 +281,16 @@ class Explainer:
                         )
                 return self._maps[key]
 
+            lead = trace.canonical.templates.lead()
             try:
-                chosen = built(None)
-                fixed = not is_symbol(trace.canonical.templates.lead())
+                chosen = built(None if is_symbol(lead) else 1)
             except FxlrpError:
                 raise
             except Exception:  # some ops take no symbol for the number of vectors
-                chosen, fixed = built(1), True
+                chosen, lead = built(1), 1
             names = chosen.found.given
             tensors = vectors_of(vectors, names, trace, bound, "tangents" if forward else "cotangents")
-            if fixed:
+            if not is_symbol(lead):
                 chosen = built(len(tensors[0]))
             results, values = chosen.runner(*bound.tensors, *tensors)
             of_values = zip((*chosen.found.wanted, *names), values, strict=True)
@@ -298,7 +298,9 @@ class Explainer:
 
     def with_composite(self, composite: str | Composite) -> Explainer:
         """An explainer of the same model by other rules; what was traced already is not traced again."""
-        return replace(self, composite=as_composite(composite), _programs={}, _maps={}, _function_traces={}, _last=None)
+        return replace(
+            self, composite=as_composite(composite), _programs={}, _maps={}, _function_traces={}, _last=None
+        )
 
     # -- what a call has compiled ----------------------------------------------------------------------------
 
@@ -416,10 +418,11 @@ class Explainer:
         if not target.is_mixed and target.key not in trace.fixed_counts:
             lead = trace.canonical.templates.lead()
             try:
-                compiled = self._compiled_for(trace, bound, target, lead)
                 if is_symbol(lead):
-                    return compiled
-                trace.fixed_counts[target.key] = "what was traced fixed it"
+                    compiled = self._compiled_for(trace, bound, target, lead)
+                    if is_symbol(lead):
+                        return compiled
+                trace.fixed_counts[target.key] = "the trace fixes all sizes"
             except FxlrpError:
                 raise
             except Exception as error:  # some ops take no symbol for the number of coefficients

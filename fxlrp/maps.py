@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -134,12 +133,15 @@ def vectors_of(
     """
     found = (vectors,) if isinstance(vectors, Tensor) else tuple(vectors)
     if len(found) != len(given):
-        raise InputError(f"{what}: {len(given)} nodes are named ({', '.join(given)}), and {len(found)} tensors given.")
+        raise InputError(
+            f"{what}: {len(given)} nodes are named ({', '.join(given)}), and {len(found)} tensors given."
+        )
     for (name, node), tensor in zip(given.items(), found, strict=True):
         shape = trace.shapes.evaluate(value(node).shape, bound.tensors)
         if not isinstance(tensor, Tensor) or tensor.dim() == 0 or tuple(tensor.shape[1:]) != shape:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise InputError(f"{what}: '{name}' has shape {shape}, so its tensor is [K, *{shape}]; got {got}.")
+            wanted = ", ".join(map(str, ("K", *shape)))
+            raise InputError(f"{what}: '{name}' has shape {shape}, so its tensor is [{wanted}]; got {got}.")
         if len(tensor) != len(found[0]) or not len(tensor):
             raise InputError(
                 f"{what}: '{name}' has {len(tensor)} vectors and '{next(iter(given))}' {len(found[0])}; the "

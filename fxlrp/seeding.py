@@ -1,4 +1,4 @@
-"""From a target and a model's output to the seed of a relevance graph: which rows, which scalar, which operands."""
+"""From a target and a model's output to a relevance graph's seed: which rows, which scalar, which operands."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _DECODER = "decoder_"
 def seed_of(
     trace: Trace, bound: Bound, target: Target | Bundle, lead: Any = None
 ) -> tuple[Rows | None, Seed]:
-    """The rows that a target reads and the scalar that it explains; ``lead``: the number of several targets."""
+    """The rows that a target reads and the scalar that it explains; ``lead``: how many, of several targets."""
     flat = outputs(trace.canonical.graph.graph)
     if isinstance(target, Function):
         indices = tensor_outputs(flat)
@@ -40,18 +40,17 @@ def seed_of(
     index = logits_of(trace)
     logits = value(flat[index])
     batch, device = logits.shape[0], logits.device
-    several = isinstance(target, Bundle)
-    own_rows = isinstance(target, Bundle) and target.own_rows
     names = _operand_names(target)
-    score = _ManyScore(target) if isinstance(target, Bundle) else _ClassScore(target)
     if logits.dim() == 3:
         given = getattr(target, "position", None) is not None
         mask = None if given else _mask(trace, bound, index)
         rows = Rows(
             index, "target_position" if given else mask, given, bool(mask and mask.endswith(_PADDING))
         )
-        score = score if several else _RowScore(target)
-        return rows, Seed(score, (0,), names, batch, device, lead, own_rows)
+        if isinstance(target, Bundle):
+            return rows, Seed(_ManyScore(target), (0,), names, batch, device, lead, target.own_rows)
+        return rows, Seed(_RowScore(target), (0,), names, batch, device)
+    score = _ManyScore(target) if isinstance(target, Bundle) else _ClassScore(target)
     return None, Seed(score, (index,), names, batch, device, lead)
 
 

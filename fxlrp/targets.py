@@ -132,8 +132,8 @@ def _ranked(logits: Tensor) -> Tensor:
 class Span(Target):
     """Every token of the positions start, ..., end - 1 of a causal language model's own input ids.
 
-    Target j explains the logit of ``ids[start + j]`` at position ``start + j - 1``, which predicts it (teacher
-    forcing). All share one forward and one backward pass.
+    Target j explains the logit of ``ids[start + j]`` at position ``start + j - 1``, which predicts it
+    (teacher forcing). All share one forward and one backward pass.
 
     Attributes:
         start: the first token, 1 or more: nothing predicts the token at 0.
@@ -147,9 +147,7 @@ class Span(Target):
 
     def __post_init__(self) -> None:
         if type(self.start) is not int or type(self.end) is not int:
-            raise TargetError(
-                f"Span(start, end) takes ints, not {_kind(self.start)} and {_kind(self.end)}."
-            )
+            raise TargetError(f"Span(start, end) takes ints, not {_kind(self.start)} and {_kind(self.end)}.")
         if self.start < 1:
             raise TargetError(
                 f"Span({self.start}, {self.end}) starts too early: no position predicts the token at 0, so "
@@ -199,9 +197,9 @@ class Several(Target):
         for target in self.targets:
             if isinstance(target, Function) or is_several(target):
                 raise TargetError(
-                    "A list of targets takes classes and target objects that read one logit or several of one "
-                    f"row (Logit, LogitDifference, LogProb, Predicted); got {_kind(target)}. Explain "
-                    "functions, Span, TopK and LongTensors [batch, K] by themselves."
+                    "A list of targets takes classes and target objects of one scalar per sample (Logit, "
+                    f"LogitDifference, LogProb, Predicted); got {_kind(target)}. Explain functions, Span, "
+                    "TopK and LongTensors [batch, K] by themselves."
                 )
 
     def score(self, logits: Tensor, indices: Sequence[Tensor]) -> Tensor:
@@ -217,8 +215,8 @@ def is_several(target: Target) -> bool:
 
 
 def as_target(target: Any) -> Target:
-    """A target of what users write: None, an int, a LongTensor of classes, a Target, a function of outputs, or
-    a list of several targets.
+    """A target of what users write: None, an int, a LongTensor of classes, a Target, a function of outputs,
+    or a list of several targets.
 
     Raises:
         TargetError: anything else.
@@ -314,7 +312,7 @@ def checked(
     device: torch.device,
     count: int | None = None,
 ) -> Tensor:
-    """A target's index or position as a LongTensor ``[batch]``, or ``[batch, count]``; negative ones resolved.
+    """A target's index or position as a LongTensor ``[batch]`` or ``[batch, count]``, counted from the start.
 
     Raises:
         TargetError: no integers, another shape, or out of range.

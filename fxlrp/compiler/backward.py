@@ -1,4 +1,4 @@
-"""Backward: the pullbacks of a rule graph's nodes, last to first, as plain ATen; what transposes are made of."""
+"""Backward: the pullbacks of a rule graph's nodes, last to first, as plain ATen; transposes are made of it."""
 
 from __future__ import annotations
 
@@ -237,7 +237,9 @@ def _many(
         if not isinstance(lead, int):
             raise
     step = rule.linearize(call)
-    rows = [step.pullback(pytree.tree_map_only(Tensor, lambda g, k=k: g[k], cotangent)) for k in range(lead)]
+    rows = [
+        step.pullback(pytree.tree_map_only(Tensor, operator.itemgetter(k), cotangent)) for k in range(lead)
+    ]
     return step.output, tuple(
         None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)
     )
@@ -260,7 +262,7 @@ def zeros_of_many(output: Tensor, other: Tensor) -> Tensor:
 
 
 def _spread(rows: Tensor) -> Tensor:
-    """Coefficients of rows ``[batch, K, ...]``, one a target, as those of each target ``[K, batch, K, ...]``."""
+    """Coefficients of rows ``[batch, K, ...]``, one a target, as each target's own ``[K, batch, K, ...]``."""
     places = torch.arange(rows.shape[1], device=rows.device)
     own = (places[:, None] == places).reshape(rows.shape[1], 1, rows.shape[1], *(1,) * (rows.dim() - 2))
     return torch.where(own, rows, 0.0)

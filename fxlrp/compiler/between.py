@@ -1,4 +1,4 @@
-"""Between: from coefficients at some nodes of the rule graph to those at others, and the transpose of that map.
+"""Between: from coefficients at some nodes of the rule graph to those at others, and that map's transpose.
 
 A plan's rules make every node's pullback linear in the coefficient. ``pull`` composes them from named nodes
 back to others (vjp); ``push`` composes their transposes forward (jvp), so that for all coefficients G and
@@ -233,7 +233,8 @@ def _transposed(
     count = tangents[0].shape[0]
     with torch.enable_grad():
         zeros = [
-            z.new_zeros((count, *z.shape)).requires_grad_(True) if is_float_tensor(z) else None for z in leaves
+            z.new_zeros((count, *z.shape)).requires_grad_(True) if is_float_tensor(z) else None
+            for z in leaves
         ]
         coefficients = dict(zip(active, pullback(pytree.tree_unflatten(zeros, spec)), strict=True))
     pairs = [

@@ -53,7 +53,7 @@ TARGETS, ROW, CHOICE = "targets", "row", "choice"
 
 
 def select_rows(x: Tensor, positions: Tensor) -> Tensor:
-    """Positions ``[batch]`` or ``[batch, K]`` of ``x [batch, sequence, ...]``, as ``[batch, 1 or K, ...]``."""
+    """Positions ``[batch]`` or ``[batch, K]`` of ``x [batch, sequence, ...]``: ``[batch, 1 or K, ...]``."""
     rows = torch.arange(x.shape[0], device=x.device)
     if positions.dim() > 1:
         return x[rows.unsqueeze(1), positions]
@@ -201,11 +201,7 @@ def _full(
         if node is target:
             continue
         readers = [user for user in node.users if user in needed]
-        if (
-            node.name in whole
-            or not row_wise(node)
-            or any(u in full or not row_wise(u) for u in readers)
-        ):
+        if node.name in whole or not row_wise(node) or any(u in full or not row_wise(u) for u in readers):
             full.add(node)
     return full if row_wise(target) else full | {target}
 

@@ -75,7 +75,9 @@ def account(
             (dot(z, g) for z, g in zip(read, seeds, strict=True) if g is not None),
             start=torch.zeros((), dtype=torch.float64),
         )
-        _book(entries, ("target", "", "target"), score.flatten()[sample].double().cpu() - arrived.cpu(), sample)
+        _book(
+            entries, ("target", "", "target"), score.flatten()[sample].double().cpu() - arrived.cpu(), sample
+        )
         cotangents: dict[fx.Node, Any] = {}
         for node, g in zip(seed.reads(outputs(graph)), seeds, strict=True):
             if g is not None:

@@ -25,8 +25,8 @@ class Seed:
         device: where the operands live.
         lead: how many targets there are, a size or a symbol; None for one. The score and the operands are
             then ``[batch, K]``.
-        rows: whether each target reads a row of its own, of outputs ``[batch, K, classes]``; else all read the
-            same ``[batch, classes]`` or ``[batch, 1, classes]``.
+        rows: whether each target reads a row of its own, of outputs ``[batch, K, classes]``; else all read
+            the same, ``[batch, classes]`` or ``[batch, 1, classes]``.
     """
 
     score: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]

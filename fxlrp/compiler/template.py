@@ -166,7 +166,7 @@ class Templates:
     def lead(self) -> Any:
         """A symbol for how many targets there are; an int where this trace can have none."""
         if not is_symbol(self._lead):
-            context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+            context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
             env = self.mode.shape_env
             if env is None:
                 return _HINT

@@ -90,7 +90,9 @@ class _Transposition(Backward):
         by_input = self._relevance(kept)
         by_name = {node.name: node for node in nodes}
         latents = tuple(
-            self._last(self._call("relevance", operator.mul, by_name[at], kept[by_name[at]]), kept[by_name[at]])
+            self._last(
+                self._call("relevance", operator.mul, by_name[at], kept[by_name[at]]), kept[by_name[at]]
+            )
             for at in self.latents.values()
             if by_name[at] in kept
         )

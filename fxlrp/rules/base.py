@@ -210,7 +210,7 @@ class Gradient(Rule):
         return vjp(call)
 
     def linearize_many(self, call: Call) -> Linearization:
-        from .stacked import vjp_many
+        from .stacked import vjp_many  # which is made of what this module defines
 
         return vjp_many(call)
 

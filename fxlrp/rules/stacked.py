@@ -32,7 +32,9 @@ def vjp_many(call: Call) -> Linearization:
 
     def pullback(cotangent: Cotangent) -> tuple[Tensor | None, ...]:
         count = next(g.shape[0] for g in pytree.tree_leaves(cotangent) if isinstance(g, Tensor))
-        copies = [x.expand(count, *x.shape).detach().requires_grad_(True) for x in call.operands()]
+        # Laid out anew, since an expanded view of odd strides asks for conditions on sizes.
+        rows = [x.clone(memory_format=torch.contiguous_format) for x in call.operands()]
+        copies = [x.expand(count, *x.shape).detach().requires_grad_(True) for x in rows]
         with torch.enable_grad():
             outputs = pytree.tree_leaves(stacked(*copies))
         return pulled(outputs, copies, cotangent)
@@ -58,7 +60,32 @@ def _folded(call: Call) -> _Stacked | None:
 
     def run(copies: Tensor) -> Tensor:
         folded: Tensor = call.with_active([copies.flatten(0, 1)]).run()
-        return folded.unflatten(0, copies.shape[:2])
+        result: Tensor = folded.unflatten(0, copies.shape[:2])
+        return result
+
+    return run
+
+
+def _indexed(call: Call) -> _Stacked | None:
+    """For indexing: the same indices behind a first dimension that is kept whole."""
+    indices = list(call.args[1])
+    given = [i for i, index in enumerate(indices) if index is not None]
+    if call.active != (0,) or given != list(range(given[0], given[-1] + 1)):
+        return None  # indices that lie apart put what they choose first
+    return lambda copies: call.op(copies, [None, *indices])
+
+
+def _grouped(call: Call) -> _Stacked | None:
+    """For matrix products of rows in groups, one matrix each: K rows in place of each row."""
+    if call.active != (0,) or len(call.args) != 3 or call.args[0].dim() != 2 or call.args[1].dim() != 3:
+        return None
+    _, matrices, ends = call.args
+
+    def run(copies: Tensor) -> Tensor:
+        count = copies.shape[0]
+        rows: Tensor = call.op(copies.transpose(0, 1).flatten(0, 1), matrices, ends * count, **call.kwargs)
+        result: Tensor = rows.unflatten(0, (-1, count)).transpose(0, 1)
+        return result
 
     return run
 
@@ -88,7 +115,7 @@ def _along(*places: int) -> Callable[[Call], _Stacked | None]:
 #: Dimensions of an operand with a batch, by the end of an op's name.
 _SPATIAL = {"1d": 3, "2d": 4, "3d": 5}
 
-_VIEWS = "slice select narrow chunk split split_with_sizes tensor_split diagonal unfold index last_row"
+_VIEWS = "slice select narrow chunk split split_with_sizes tensor_split diagonal unfold last_row"
 _CHOICES = "max min topk sort median kthvalue cummax cummin"
 _LEADING = "gelu mish layer_norm rms_norm"
 _BATCHES = """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution group_norm
@@ -100,6 +127,8 @@ _FORMS: dict[str, Callable[[Call], _Stacked | None]] = {
     **dict.fromkeys((*_VIEWS.split(), *_CHOICES.split()), _vmapped),
     **dict.fromkeys(_LEADING.split(), _as_it_is),
     **dict.fromkeys(_BATCHES.split(), _folded),
+    **dict.fromkeys(("grouped_mm", "grouped_mm_fallback"), _grouped),
+    "index": _indexed,
     "gather": _along(0, 2),
     "take_along_dim": _along(0, 2),
     "index_select": _along(0),

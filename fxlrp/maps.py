@@ -58,10 +58,12 @@ class LinearMap:
 
     Attributes:
         found: the nodes and their rules.
+        graph: from the model's inputs and the vectors to ``(vectors, values)``.
         runner: takes the model's inputs and the vectors, returns vectors and values.
     """
 
     found: Stretch
+    graph: fx.GraphModule
     runner: Runner
 
 
@@ -108,7 +110,7 @@ def linear_map(
             f"The rules between these nodes have no {'transpose' if forward else 'pullback'} of several "
             f"vectors: {first_line(error)}."
         ) from error
-    return LinearMap(found, lower(graph))
+    return LinearMap(found, graph, lower(graph))
 
 
 def names_of(names: str | Sequence[str], what: str) -> tuple[str, ...]:

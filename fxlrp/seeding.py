@@ -1,4 +1,4 @@
-"""From a target and a model's output to a relevance graph's seed: which rows, which scalar, which operands."""
+"""From a target and a model's output to a relevance graph's seed: which rows, scalar, operands."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _DECODER = "decoder_"
 def seed_of(
     trace: Trace, bound: Bound, target: Target | Bundle, lead: Any = None
 ) -> tuple[Rows | None, Seed]:
-    """The rows that a target reads and the scalar that it explains; ``lead``: how many, of several targets."""
+    """The rows that a target reads, the scalar that it explains; ``lead``: how many, of several targets."""
     flat = outputs(trace.canonical.graph.graph)
     if isinstance(target, Function):
         indices = tensor_outputs(flat)

@@ -1,4 +1,4 @@
-"""Backward: the pullbacks of a rule graph's nodes, last to first, as plain ATen; transposes are made of it."""
+"""Backward: the pullbacks of a rule graph's nodes, last to first, as plain ATen: what transposes need."""
 
 from __future__ import annotations
 

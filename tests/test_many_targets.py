@@ -436,7 +436,7 @@ OPS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "index apart": (ATEN.index.Tensor, (X, [AT, None, AT]), {}),
     "gather": (ATEN.gather.default, (X, 1, torch.zeros(4, 2, 6, dtype=torch.long)), {}),
     "index_select": (ATEN.index_select.default, (X, -1, AT), {}),
-    "scatter_add": (ATEN.scatter_add.default, (X, 1, torch.zeros(4, 2, 6, dtype=torch.long), X), {}),
+    "scatter_add": (ATEN.scatter_add.default, (X, 1, torch.zeros(4, 2, 6, dtype=torch.long), X[:, 1:3]), {}),
     "index_add": (ATEN.index_add.default, (X, 1, AT, X[:, :3]), {}),
     "max": (ATEN.max.dim, (X, 1), {}),
     "topk": (ATEN.topk.default, (X, 2), {}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxlrp
 from fxlrp import Logit, LogitDifference, LogProb, Span, TopK
+from fxlrp.rules import Linearization, Rule
 from fxlrp.rules.base import Call, vjp
 from fxlrp.rules.ops import attention
 from fxlrp.rules.stacked import vjp_many
@@ -467,3 +469,35 @@ def test_pullbacks_of_many_are_those_of_one(name: str) -> None:
             for own, expected in zip(found, single, strict=True):
                 assert own is not None
                 torch.testing.assert_close(own[k], expected)
+
+
+@torch.library.custom_op("many_targets::halved", mutates_args=())
+def halved(x: Tensor) -> Tensor:
+    return 0.5 * x
+
+
+@halved.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@dataclass(frozen=True)
+class Halving(Rule):
+    """A rule whose pullback calls an op that PyTorch cannot batch for symbolic sizes."""
+
+    def linearize(self, call: Call) -> Linearization:
+        return Linearization(call.run(), lambda cotangent: (halved(cotangent),))
+
+
+def test_a_rule_that_cannot_be_batched_goes_one_by_one() -> None:
+    """Would break: an error, or sizes of the trace that stay fixed; the plan says what it costs."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)).double().eval()
+    composite = fxlrp.Composite([(fxlrp.op("activation"), Halving())])
+    explainer = fxlrp.lrp_compile(model, composite, backend="eager")
+    for batch, targets in ((3, [0, 2]), (5, [1, 3, 0]), (2, [1, 1])):
+        x = torch.randn(batch, 6, dtype=torch.float64)
+        several = explainer(x, target=targets)
+        assert any("one program for each number of targets" in note for note in explainer.plan.notes)
+        assert_same(several, [explainer(x, target=t) for t in targets], 1e-10)
+    assert len(explainer._programs) == 3, "two numbers of targets, and one target"
+    assert sum(map(len, explainer._traces.values())) == 1

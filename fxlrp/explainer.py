@@ -36,7 +36,7 @@ from .errors import CaptureError, FxlrpError, InputError, TargetError, first_lin
 from .explanation import Explanation, one_or_many
 from .finite import refuse_nonfinite
 from .ledger import Ledger
-from .maps import JVP, VJP, LinearMap, Vectors, linear_map, names_of, vectors_of
+from .maps import JVP, VJP, LinearMap, Vectors, linear_map, mapped, names_of
 from .memory import in_chunks
 from .rules import Composite, as_composite
 from .seeding import bundle_of, operands_of, seed_of
@@ -266,7 +266,8 @@ class Explainer:
             def built(count: int | None) -> LinearMap:
                 key = (trace, forward, starts, stops, count)
                 if key not in self._maps:
-                    trace.admitted.clear()
+                    trace.admitted.clear()  # what is built may rely on further conditions on the sizes
+                    _keep_last(self._maps, _KEPT_TRACES - 1, lambda k: True)
                     with collection_paused(), plain_region():
                         self._maps[key] = linear_map(
                             trace,
@@ -281,20 +282,7 @@ class Explainer:
                         )
                 return self._maps[key]
 
-            lead = trace.canonical.templates.lead()
-            try:
-                chosen = built(None if is_symbol(lead) else 1)
-            except FxlrpError:
-                raise
-            except Exception:  # some ops take no symbol for the number of vectors
-                chosen, lead = built(1), 1
-            names = chosen.found.given
-            tensors = vectors_of(vectors, names, trace, bound, "tangents" if forward else "cotangents")
-            if not is_symbol(lead):
-                chosen = built(len(tensors[0]))
-            results, values = chosen.runner(*bound.tensors, *tensors)
-            of_values = zip((*chosen.found.wanted, *names), values, strict=True)
-            return dict(zip(chosen.found.wanted, results, strict=True)), dict(of_values)
+            return mapped(trace, bound, vectors, built, (forward, starts, stops))
 
     def with_composite(self, composite: str | Composite) -> Explainer:
         """An explainer of the same model by other rules; what was traced already is not traced again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -11,6 +12,7 @@ from .compiler.between import Stretch, pull, push, stretch
 from .compiler.graphs import is_float, outputs, value
 from .compiler.inputs import Bound
 from .compiler.lower import Runner
+from .compiler.template import is_symbol
 from .errors import CaptureError, FxlrpError, InputError, first_line
 from .rules import Composite
 from .traces import Trace
@@ -125,7 +127,52 @@ def names_of(names: str | Sequence[str], what: str) -> tuple[str, ...]:
     return found
 
 
-def vectors_of(
+def mapped(
+    trace: Trace,
+    bound: Bound,
+    vectors: Vectors,
+    built: Callable[[int | None], LinearMap],
+    key: tuple[bool, tuple[str, ...], tuple[str, ...]],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Vectors of the wanted nodes, and values of these and the given ones, by name.
+
+    Args:
+        trace: the captured model.
+        bound: its inputs.
+        vectors: of the given nodes.
+        built: the map for any number of vectors (None), or for so many.
+        key: the direction, the given and the wanted names.
+    """
+    chosen = _for_any_number(trace, built, key) or built(1)
+    given = chosen.found.given
+    tensors = _checked(vectors, given, trace, bound, "tangents" if key[0] else "cotangents")
+    if key in trace.fixed_counts:
+        chosen = built(len(tensors[0]))
+    results, values = chosen.runner(*bound.tensors, *tensors)
+    of_values = zip((*chosen.found.wanted, *given), values, strict=True)
+    return dict(zip(chosen.found.wanted, results, strict=True)), dict(of_values)
+
+
+def _for_any_number(trace: Trace, built: Callable[[int | None], LinearMap], key: Any) -> LinearMap | None:
+    """The map that takes any number of vectors, or None where what it is made of fixes their number."""
+    lead = trace.canonical.templates.lead()
+    if key in trace.fixed_counts or not is_symbol(lead):
+        trace.fixed_counts.setdefault(key, "the trace fixes all sizes")
+        return None
+    try:
+        chosen = built(None)
+    except FxlrpError:
+        raise
+    except Exception as error:  # some ops take no symbol for the number of vectors
+        trace.fixed_counts[key] = first_line(error)
+        return None
+    if is_symbol(lead):
+        return chosen
+    trace.fixed_counts[key] = "the trace fixes all sizes"
+    return None
+
+
+def _checked(
     vectors: Vectors, given: Mapping[str, fx.Node], trace: Trace, bound: Bound, what: str
 ) -> tuple[Tensor, ...]:
     """The vectors of each node, checked: ``[K, *shape]`` each, of the node's dtype and device.

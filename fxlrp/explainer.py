@@ -501,6 +501,11 @@ class Explainer:
                 "Inside torch.compile, call the explainer with the arguments of its last call outside."
             )
         wanted = as_target(target)
+        if is_several(wanted):
+            raise TargetError(
+                "Inside torch.compile one target is explained per call. For several, explain outside, or "
+                "compile explainer.relevance_graph."
+            )
         operands = operand_tensors(wanted, tensors[0].shape[0], tensors[0].device)
         if wanted.key != last.target:
             raise TargetError(

@@ -15,8 +15,9 @@ from .errors import (
 from .explainer import Explainer, lrp_compile
 from .explanation import Explanation
 from .ledger import Ledger
+from .maps import JVP, VJP
 from .rules import PRESETS, Composite, first, last, module_type, name, op, register_rule
-from .targets import Function, Logit, LogitDifference, Predicted, Target
+from .targets import Function, Logit, LogitDifference, LogProb, Predicted, Span, Target, TopK
 
 #: The names that ``composite=`` takes.
 composites = tuple(PRESETS)
@@ -24,6 +25,8 @@ composites = tuple(PRESETS)
 __version__ = "0.1.0"
 
 __all__ = [
+    "JVP",
+    "VJP",
     "CaptureError",
     "Composite",
     "CompositeError",
@@ -34,14 +37,17 @@ __all__ = [
     "FxlrpError",
     "InputError",
     "Ledger",
+    "LogProb",
     "Logit",
     "LogitDifference",
     "NoPathError",
     "NonFiniteError",
     "Predicted",
+    "Span",
     "StochasticModelError",
     "Target",
     "TargetError",
+    "TopK",
     "UncoveredOpError",
     "composites",
     "first",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from .compiler.canonicalize import Canonical, canonicalize
-from .compiler.capture import TRACE, Captured, capture, identifier
+from .bundle import Bundle
+from .compiler.canonicalize import canonicalize
+from .compiler.capture import TRACE, capture, identifier
 from .compiler.faithful import call_model, compare, run_model
-from .compiler.graphs import outputs, placeholders, value
 from .compiler.inputs import (
     Bound,
     bind,
@@ -28,33 +28,21 @@ from .compiler.inputs import (
 )
 from .compiler.latents import find
 from .compiler.ledger import account
-from .compiler.lower import Runner, lower
-from .compiler.pipeline import Program, Rows, build
+from .compiler.lower import lower
+from .compiler.pipeline import Program, build
 from .compiler.plan import Plan
-from .compiler.provenance import module_path, source_line
-from .compiler.seed import Seed, tensor_outputs
-from .compiler.shapes import Shapes
+from .compiler.template import is_symbol
 from .compiler.verify import verify_functional
-from .errors import (
-    CaptureError,
-    CompositeWarning,
-    FxlrpError,
-    InputError,
-    NonFiniteError,
-    TargetError,
-    first_line,
-    place,
-)
+from .errors import CaptureError, CompositeWarning, FxlrpError, InputError, TargetError, first_line
 from .explanation import Explanation, one_or_many
+from .finite import refuse_nonfinite
 from .ledger import Ledger
+from .maps import JVP, VJP, LinearMap, Vectors, linear_map, mapped, names_of
+from .memory import in_chunks
 from .rules import Composite, as_composite
-from .targets import Function, Target, as_target, operand_tensors, resolve
-
-#: Inputs that say which positions are padding, by the names that libraries use; for a decoder's output its
-#: own first.
-_MASKS = ("decoder_attention_mask", "attention_mask")
-#: The end of names of masks that are True where there is padding, as in PyTorch's own Transformer.
-_PADDING = "key_padding_mask"
+from .seeding import bundle_of, operands_of, seed_of
+from .targets import Function, Target, as_target, is_several, operand_tensors
+from .traces import Call, Compiled, Trace
 
 
 def lrp_compile(
@@ -65,6 +53,7 @@ def lrp_compile(
     strict: bool = True,
     latents: tuple[str, ...] = (),
     inputs: tuple[str, ...] = (),
+    chunk: int | None = None,
 ) -> Explainer:
     """Compile a model into its layer-wise relevance propagation.
 
@@ -85,6 +74,8 @@ def lrp_compile(
             constants. By default float inputs and ids that are looked up are explained, except masks of
             attention, and except ids whose embeddings are only added to those of a larger table (positions,
             token types).
+        chunk: how many of several targets are explained in one pass at most; None for all. Where memory runs
+            out, as many as fit are.
 
     Returns:
         An explainer to call as the model itself, with ``target=`` on top.
@@ -93,70 +84,9 @@ def lrp_compile(
         raise InputError(f"lrp_compile takes a torch.nn.Module, not {type(model).__name__}.")
     latents = (latents,) if isinstance(latents, str) else tuple(latents)
     inputs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
-    return Explainer(model, as_composite(composite), backend, dynamic, strict, latents, inputs)
-
-
-@dataclass(frozen=True, eq=False)
-class _Trace:
-    """A captured model and the inputs it is valid for."""
-
-    captured: Captured
-    canonical: Canonical
-    verified: set[tuple[bool, ...]]
-    values: tuple[Tensor, ...] | None
-    admitted: set[Any] = field(default_factory=set)
-    output_shapes: dict[Any, tuple[int, ...]] = field(default_factory=dict)
-
-    def is_spoilt(self) -> bool:
-        """Whether what was built on the trace fixed sizes that it was captured as changeable."""
-        now, then = self.shapes.sizes, self.captured.shapes.sizes
-        return any(
-            isinstance(size, int) and not isinstance(before, int)
-            for sizes, earlier in zip(now, then, strict=True)
-            for size, before in zip(sizes, earlier, strict=True)
-        )
-
-    @property
-    def shapes(self) -> Shapes:
-        """For which sizes the trace is valid; building on it may have added conditions."""
-        return Shapes.of([value(node) for node in placeholders(self.captured.graph.graph)])
-
-    def admits(self, bound: Bound) -> bool:
-        """Whether the trace may be used for these inputs."""
-        sizes = tuple(t.shape for t in bound.tensors)
-        if sizes not in self.admitted:
-            if not self.shapes.admit(bound.tensors):
-                return False
-            self.admitted.add(sizes)
-        return self.values is None or all(map(torch.equal, self.values, bound.tensors))
-
-
-@dataclass(frozen=True, eq=False)
-class _Compiled:
-    """A program, how it is run, and whether it is more than a trace of one very input."""
-
-    program: Program
-    runner: Runner
-    serves_others: bool
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """What a call used; a later one inside ``torch.compile`` uses the same.
-
-    Attributes:
-        program: what was compiled for it.
-        names: of its tensor inputs, in the program's order.
-        constants: its other arguments by name.
-        target: the kind of its target.
-        serves_others: whether the program is not a trace of that very input.
-    """
-
-    program: Program
-    names: tuple[str, ...]
-    constants: Mapping[str, Any]
-    target: Any
-    serves_others: bool
+    if chunk is not None and (type(chunk) is not int or chunk < 1):
+        raise InputError(f"chunk is a number of targets, an int of 1 or more, or None; got {chunk!r}.")
+    return Explainer(model, as_composite(composite), backend, dynamic, strict, latents, inputs, chunk)
 
 
 #: Programs of target functions that are kept; a function made anew for each call would fill the memory.
@@ -179,10 +109,12 @@ class Explainer:
     strict: bool
     latents: tuple[str, ...]
     inputs: tuple[str, ...] = ()
-    _traces: dict[Any, list[_Trace]] = field(default_factory=dict, repr=False)
-    _programs: dict[Any, _Compiled] = field(default_factory=dict, repr=False)
-    _function_traces: dict[Any, _Trace] = field(default_factory=dict, repr=False)
-    _last: _Call | None = field(default=None, repr=False)
+    chunk: int | None = None
+    _traces: dict[Any, list[Trace]] = field(default_factory=dict, repr=False)
+    _programs: dict[Any, Compiled] = field(default_factory=dict, repr=False)
+    _maps: dict[Any, LinearMap] = field(default_factory=dict, repr=False)
+    _function_traces: dict[Any, Trace] = field(default_factory=dict, repr=False)
+    _last: Call | None = field(default=None, repr=False)
     _parameters: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -198,8 +130,10 @@ class Explainer:
             *args: the model's own.
             target: what is explained: None for the predicted class (for a language model the predicted next
                 token after the last unpadded position), an int or a LongTensor ``[batch]`` of classes, a
-                target object (:class:`fxlrp.Logit`, :class:`fxlrp.LogitDifference`), or a function of the
-                model's output.
+                target object (:class:`fxlrp.Logit`, :class:`fxlrp.LogitDifference`, :class:`fxlrp.LogProb`),
+                or a function of the model's output. Several targets, which share one forward and one backward
+                pass, are a list of these (but functions), a LongTensor ``[batch, K]`` of classes,
+                :class:`fxlrp.TopK` or :class:`fxlrp.Span`; the explanation then has K behind the batch.
             **kwargs: the model's own.
 
         Raises:
@@ -217,39 +151,149 @@ class Explainer:
         refuse_empty(bound)
         refuse_unknown(bound, self.inputs)
         trace = self._trace(bound)
-        operands = self._operands(trace, bound, wanted)
-        compiled = self._program(trace, bound, wanted)
+        several = bundle_of(trace, bound, wanted) if is_several(wanted) else None
+        if several is None:
+            operands = operands_of(trace, bound, wanted)
+            compiled = self._program(trace, bound, wanted)
+            self._remember(compiled, bound, args, kwargs, wanted.key)
+            relevance, scalar, coefficients, latents = compiled.runner(*bound.tensors, *operands)
+        else:
+
+            def run(start: int, stop: int) -> Any:
+                part = several.part(start, stop)
+                compiled = self._program(trace, bound, part)
+                self._remember(compiled, bound, args, kwargs, part.key)
+                return compiled.runner(*bound.tensors, *part.operands)
+
+            operands = several.operands
+            relevance, scalar, coefficients, latents = in_chunks(run, several.count, self.chunk)
+            compiled = self._program(trace, bound, several)
         program = compiled.program
-        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        constants = {name: v for name, v in given.items() if not isinstance(v, Tensor)}
-        self._last = _Call(program, bound.names, constants, wanted.key, compiled.serves_others)
-        relevance, scalar, coefficients, latents = compiled.runner(*bound.tensors, *operands)
         if not any(t.dim() > 0 and t.shape[0] == scalar.shape[0] for t in bound.tensors):
             raise TargetError(
                 f"The target gives {scalar.shape[0]} scalars for inputs of shapes "
                 f"{', '.join(str(tuple(t.shape)) for t in bound.tensors)}; it must give one per sample."
             )
-        self._refuse_nonfinite(bound, program, relevance, scalar)
+        refuse_nonfinite(bound, program, relevance, scalar)
         names = tuple(self._names(bound)[n] for n in program.relevance.names)
-        inputs, positions = relevance[: len(names)], relevance[len(names) :]
+        positions = program.relevance.positions
         return Explanation(
-            one_or_many(names, inputs),
+            one_or_many(names, relevance[: len(names)]),
             scalar,
             one_or_many(names, coefficients),
             {name: r for name, (r, _) in zip(program.relevance.latents, latents, strict=True)},
-            dict(zip(program.relevance.positions, positions, strict=True)),
+            dict(zip(positions, relevance[len(names) :], strict=True)),
             lambda: self._run_model(bound),
             lambda: self._account(
-                program,
-                bound,
-                operands,
-                dict(zip((*names, *program.relevance.positions), relevance, strict=True)),
+                program, bound, operands, dict(zip((*names, *positions), relevance, strict=True))
             ),
         )
 
+    def _remember(
+        self, compiled: Compiled, bound: Bound, args: Sequence[Any], kwargs: Mapping[str, Any], key: Any
+    ) -> None:
+        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        constants = {name: v for name, v in given.items() if not isinstance(v, Tensor)}
+        self._last = Call(compiled.program, bound.names, constants, key, compiled.serves_others)
+
+    def vjp(
+        self,
+        outputs: str | Sequence[str],
+        cotangents: Vectors,
+        *args: Any,
+        wrt: str | Sequence[str],
+        **kwargs: Any,
+    ) -> VJP:
+        """Coefficients of nodes for K coefficients of other nodes: one forward and one batched backward pass.
+
+        ``G_wrt = sum_o P_o(G_o)`` with P the composition of the rules' pullbacks between the nodes, as the
+        plan has them: nothing passes what is frozen, and a node that nothing reaches gets 0. For the output
+        and a coefficient that is 1 at one logit this is the coefficient that explains that logit.
+
+        Args:
+            outputs: where the coefficients start: module paths (a module's output), names of nodes of
+                ``rule_graph``, inputs, or ``"output"`` for the logits.
+            cotangents: ``[K, *shape]``, one for each of the outputs.
+            *args: the model's own.
+            wrt: nodes whose coefficients are wanted, named likewise; paths may have wildcards. Token ids mean
+                their embeddings.
+            **kwargs: the model's own.
+
+        Raises:
+            InputError: a name is unknown or a shape does not fit; and as for a call.
+        """
+        return VJP(*self._mapped(outputs, cotangents, wrt, args, kwargs, forward=False))
+
+    def jvp(
+        self,
+        inputs: str | Sequence[str],
+        tangents: Vectors,
+        *args: Any,
+        outputs: str | Sequence[str],
+        **kwargs: Any,
+    ) -> JVP:
+        """Tangents of nodes for K tangents of other nodes, pushed forward through the rule-linearised graph.
+
+        The transpose of :meth:`vjp`: ``<vjp(G), T> = <G, jvp(T)>`` for all coefficients G of the outputs and
+        tangents T of the inputs. With ``composite="gradient"`` it is the model's directional derivative.
+
+        Args:
+            inputs: where the tangents start, named as for :meth:`vjp`.
+            tangents: ``[K, *shape]``, one for each of the inputs.
+            *args: the model's own.
+            outputs: nodes whose tangents are wanted.
+            **kwargs: the model's own.
+
+        Raises:
+            InputError: a name is unknown or a shape does not fit; and as for a call.
+        """
+        return JVP(*self._mapped(inputs, tangents, outputs, args, kwargs, forward=True))
+
+    def _mapped(
+        self,
+        given: str | Sequence[str],
+        vectors: Vectors,
+        wanted: str | Sequence[str],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        forward: bool,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Vectors of the wanted nodes, and values of these and the given ones, by name."""
+        starts = names_of(given, "inputs" if forward else "outputs")
+        stops = names_of(wanted, "outputs" if forward else "wrt")
+        with torch.inference_mode(False):
+            bound = bind(self.model, args, kwargs)
+            refuse_empty(bound)
+            refuse_unknown(bound, self.inputs)
+            trace = self._trace(bound)
+
+            def built(count: int | None) -> LinearMap:
+                key = (trace, forward, starts, stops, count)
+                if key not in self._maps:
+                    trace.admitted.clear()  # what is built may rely on further conditions on the sizes
+                    _keep_last(self._maps, _KEPT_TRACES - 1, lambda k: True)
+                    with collection_paused(), plain_region():
+                        self._maps[key] = linear_map(
+                            trace,
+                            self.composite,
+                            starts,
+                            stops,
+                            lambda graph: lower(graph, self.backend, bound.tensors[0].device),
+                            forward=forward,
+                            strict=self.strict,
+                            inputs=self._explained,
+                            count=count,
+                        )
+                return self._maps[key]
+
+            return mapped(trace, bound, vectors, built, (forward, starts, stops))
+
     def with_composite(self, composite: str | Composite) -> Explainer:
         """An explainer of the same model by other rules; what was traced already is not traced again."""
-        return replace(self, composite=as_composite(composite), _programs={}, _function_traces={}, _last=None)
+        return replace(
+            self, composite=as_composite(composite), _programs={}, _maps={}, _function_traces={}, _last=None
+        )
 
     # -- what a call has compiled ----------------------------------------------------------------------------
 
@@ -268,7 +312,7 @@ class Explainer:
         """From tensor inputs (and target indices) to ``(relevance, value, coefficients, latents)``."""
         return self._of_last_call().program.relevance.graph
 
-    def _of_last_call(self) -> _Call:
+    def _of_last_call(self) -> Call:
         if self._last is None:
             raise CaptureError(
                 "Nothing is compiled yet: tracing happens at the first call. Call the explainer once."
@@ -284,7 +328,7 @@ class Explainer:
 
     # -- stages ----------------------------------------------------------------------------------------------
 
-    def _trace(self, bound: Bound) -> _Trace:
+    def _trace(self, bound: Bound) -> Trace:
         key = (bound.key, fingerprint(self.model))
         traces = self._traces.setdefault(key, [])
         for trace in traces:
@@ -300,11 +344,12 @@ class Explainer:
         self._traces[key] = [*kept, trace]
         alive = {id(t) for found in self._traces.values() for t in found}
         alive |= {id(t) for t in self._function_traces.values()}
-        for known in [k for k in self._programs if id(k[0]) not in alive]:
-            del self._programs[known]
+        for cache in (self._programs, self._maps):
+            for known in [k for k in cache if id(k[0]) not in alive]:
+                del cache[known]
         return trace
 
-    def _capture(self, bound: Bound, *, dynamic: bool, exported: bool = True) -> _Trace:
+    def _capture(self, bound: Bound, *, dynamic: bool, exported: bool = True) -> Trace:
         with collection_paused():
             captured = capture(self.model, bound, dynamic=dynamic, exported=exported)
             canonical = canonicalize(verify_functional(captured.graph), self._explained)
@@ -317,9 +362,9 @@ class Explainer:
         if difference is not None:
             raise CaptureError(f"Canonicalisation changed the model: {difference}. This is a bug of fxlrp.")
         values = tuple(t.clone() for t in bound.tensors) if captured.method == TRACE else None
-        return _Trace(captured, canonical, {_ones(bound)}, values)
+        return Trace(captured, canonical, {_ones(bound)}, values)
 
-    def _verified(self, trace: _Trace, bound: Bound) -> bool:
+    def _verified(self, trace: Trace, bound: Bound) -> bool:
         """A dynamic trace takes sizes for 2 or more; on the first inputs with other sizes of 1 it is compared
         with the model.
         """
@@ -330,7 +375,7 @@ class Explainer:
             trace.verified.add(ones)
         return True
 
-    def _program(self, trace: _Trace, bound: Bound, target: Target) -> _Compiled:
+    def _program(self, trace: Trace, bound: Bound, target: Target | Bundle) -> Compiled:
         if isinstance(target, Function) and trace.captured.shapes.is_dynamic:
             trace = self._trace_for_function(trace, bound, target)
         try:
@@ -348,7 +393,7 @@ class Explainer:
                 raise
         return self._program(fixed, bound, target)
 
-    def _replaced(self, trace: _Trace, bound: Bound, note: str, *, exported: bool = True) -> _Trace:
+    def _replaced(self, trace: Trace, bound: Bound, note: str, *, exported: bool = True) -> Trace:
         """A trace of these sizes, or of this very input, in place of one that is valid for more."""
         fixed = self._capture(bound, dynamic=False, exported=exported)
         fixed = replace(fixed, captured=replace(fixed.captured, notes=(*fixed.captured.notes, note)))
@@ -360,11 +405,32 @@ class Explainer:
                 self._function_traces[where] = fixed
         return fixed
 
-    def _built(self, trace: _Trace, bound: Bound, target: Target) -> _Compiled:
-        rows, seed = self._seed(trace, bound, target)
-        key = (trace, target.key, rows)
+    def _built(self, trace: Trace, bound: Bound, target: Target | Bundle) -> Compiled:
+        if not isinstance(target, Bundle):
+            return self._compiled_for(trace, bound, target)
+        if not target.is_mixed and target.key not in trace.fixed_counts:
+            lead = trace.canonical.templates.lead()
+            try:
+                if is_symbol(lead):
+                    compiled = self._compiled_for(trace, bound, target, lead)
+                    if is_symbol(lead):
+                        return compiled
+                trace.fixed_counts[target.key] = "the trace fixes all sizes"
+            except FxlrpError:
+                raise
+            except Exception as error:  # some ops take no symbol for the number of coefficients
+                trace.fixed_counts[target.key] = first_line(error)
+        return self._compiled_for(trace, bound, target, target.count)
+
+    def _compiled_for(
+        self, trace: Trace, bound: Bound, target: Target | Bundle, lead: Any = None
+    ) -> Compiled:
+        rows, seed = seed_of(trace, bound, target, lead)
+        key = (trace, target.key, rows, lead if isinstance(lead, int) else None)
         if key not in self._programs:
             notes = (f"captured by {trace.captured.method}", *trace.captured.notes)
+            if target.key in trace.fixed_counts:
+                notes += (f"one program for each number of targets: {trace.fixed_counts[target.key]}",)
             latents = self._latent_nodes(trace)
             trace.admitted.clear()  # what is built may rely on further conditions on the sizes
             with collection_paused(), plain_region():
@@ -379,14 +445,14 @@ class Explainer:
                     notes=notes,
                 )
             for line in program.plan.idle:
-                warnings.warn(line, CompositeWarning, stacklevel=5)
+                warnings.warn(line, CompositeWarning, stacklevel=6)
             if isinstance(target, Function):
                 _keep_last(self._programs, _KEPT_FUNCTIONS - 1, lambda k: k[1][0] == "Function")
             runner = lower(program.relevance.graph, self.backend, bound.tensors[0].device)
-            self._programs[key] = _Compiled(program, runner, trace.values is None)
+            self._programs[key] = Compiled(program, runner, trace.values is None)
         return self._programs[key]
 
-    def _trace_for_function(self, trace: _Trace, bound: Bound, target: Function) -> _Trace:
+    def _trace_for_function(self, trace: Trace, bound: Bound, target: Function) -> Trace:
         """The dynamic trace where the user's function holds on it for these sizes, else one of these sizes.
 
         A function may read tensors of this batch's size, or branch on sizes: its value is compared with
@@ -396,14 +462,14 @@ class Explainer:
         if place not in self._function_traces:
             holds = self._function_holds(trace, bound, target)
             if trace.is_spoilt():  # sizes became constants while the function was traced
-                self._programs.pop((trace, target.key, None), None)
+                self._programs.pop((trace, target.key, None, None), None)
                 for key, traces in self._traces.items():
                     self._traces[key] = [t for t in traces if t is not trace]
             _keep_last(self._function_traces, 4 * _KEPT_FUNCTIONS, lambda k: True)
             self._function_traces[place] = trace if holds else self._capture(bound, dynamic=False)
         return self._function_traces[place]
 
-    def _function_holds(self, trace: _Trace, bound: Bound, target: Function) -> bool:
+    def _function_holds(self, trace: Trace, bound: Bound, target: Function) -> bool:
         try:
             found = self._built(trace, bound, target).runner(*bound.tensors)[1]
             expected = target.function(self._run_model(bound))
@@ -413,78 +479,6 @@ class Explainer:
             found.double(), expected.reshape(-1).double(), rtol=1e-2, atol=1e-6
         )
 
-    def _seed(self, trace: _Trace, bound: Bound, target: Target) -> tuple[Rows | None, Seed]:
-        flat = outputs(trace.canonical.graph.graph)
-        if isinstance(target, Function):
-            indices = tensor_outputs(flat)
-            return None, Seed(
-                _FunctionScore(target, trace.captured, indices), indices, (), None, bound.tensors[0].device
-            )
-        index = self._logits(trace)
-        logits = value(flat[index])
-        names = tuple(f"target_{name}" for name in target.indices)
-        if logits.dim() == 3:
-            given = getattr(target, "position", None) is not None
-            mask = None if given else self._mask(trace, bound, index)
-            rows = Rows(
-                index, "target_position" if given else mask, given, bool(mask and mask.endswith(_PADDING))
-            )
-            return rows, Seed(_RowScore(target), (0,), names, logits.shape[0], logits.device)
-        return None, Seed(_ClassScore(target), (index,), names, logits.shape[0], logits.device)
-
-    def _logits(self, trace: _Trace) -> int:
-        index = trace.captured.outputs.logits()
-        if index is None:
-            raise TargetError(
-                f"The model returns {trace.captured.outputs.describe()}: no logits to explain. "
-                "Say what to explain with a function of the output: "
-                "explainer(…, target=lambda output: output.…[:, 0])."
-            )
-        logits = value(outputs(trace.canonical.graph.graph)[index])
-        if not logits.is_floating_point() or logits.dim() not in (1, 2, 3):
-            raise TargetError(
-                f"The output has shape {tuple(logits.shape)} and dtype {logits.dtype}; classes are read off "
-                "[batch, classes] or [batch, sequence, classes]. "
-                "Say what to explain with a function of the output."
-            )
-        return index
-
-    def _mask(self, trace: _Trace, bound: Bound, index: int) -> str | None:
-        """The padding mask that fits a sequence output, by name."""
-        shape = self._output_shape(trace, bound, index)
-        decodes = any(name.startswith("decoder_") for name in bound.names)
-        names = [*_MASKS, *(name for name in bound.names if name.endswith(_PADDING))]
-        for name in names:
-            if name == "attention_mask" and decodes:
-                continue
-            tensor = bound.by_name.get(name)
-            if tensor is not None and tensor.shape == shape[:2]:
-                return identifier(name)
-        return None
-
-    def _operands(self, trace: _Trace, bound: Bound, target: Target) -> tuple[Tensor, ...]:
-        if isinstance(target, Function):
-            return ()
-        index = self._logits(trace)
-        shape = self._output_shape(trace, bound, index)
-        mask_name = self._mask(trace, bound, index) if len(shape) == 3 else None
-        by_identifier = {
-            identifier(name): ~t.bool() if name.endswith(_PADDING) else t for name, t in bound.by_name.items()
-        }
-        return resolve(
-            target,
-            shape if len(shape) > 1 else (*shape, 1),
-            bound.tensors[0].device,
-            None if mask_name is None else by_identifier[mask_name],
-        )
-
-    def _output_shape(self, trace: _Trace, bound: Bound, index: int) -> tuple[int, ...]:
-        place = (index, *(t.shape for t in bound.tensors))
-        if place not in trace.output_shapes:
-            fake = value(outputs(trace.canonical.graph.graph)[index])
-            trace.output_shapes[place] = trace.shapes.evaluate(fake.shape, bound.tensors)
-        return trace.output_shapes[place]
-
     @property
     def _explained(self) -> frozenset[str]:
         return frozenset(map(identifier, self.inputs))
@@ -492,7 +486,7 @@ class Explainer:
     def _names(self, bound: Bound) -> dict[str, str]:
         return {identifier(name): name for name in bound.names}
 
-    def _latent_nodes(self, trace: _Trace) -> Mapping[str, str]:
+    def _latent_nodes(self, trace: Trace) -> Mapping[str, str]:
         return find(trace.canonical.graph, self.latents) if self.latents else {}
 
     # -- running ---------------------------------------------------------------------------------------------
@@ -514,6 +508,11 @@ class Explainer:
                 "Inside torch.compile, call the explainer with the arguments of its last call outside."
             )
         wanted = as_target(target)
+        if is_several(wanted):
+            raise TargetError(
+                "Inside torch.compile one target is explained per call. For several, explain outside, or "
+                "compile explainer.relevance_graph."
+            )
         operands = operand_tensors(wanted, tensors[0].shape[0], tensors[0].device)
         if wanted.key != last.target:
             raise TargetError(
@@ -543,69 +542,20 @@ class Explainer:
             found = account(
                 program.rule_graph, program.plan.sources, program.seed, (*bound.tensors, *operands)
             )
-            batch = len(found.value)
-            if all(r.dim() and r.shape[0] == batch for r in relevance.values()):
-                returned = {name: r.double().cpu().flatten(1).sum(1) for name, r in relevance.items()}
+            shape = found.value.shape
+            if all(r.dim() and r.shape[0] == shape[0] for r in relevance.values()):
+                returned = {
+                    name: r.double().cpu().reshape(*shape, -1).sum(-1) for name, r in relevance.items()
+                }
                 return Ledger(found.value, returned, found.entries)
             # Packed inputs (patches of all images in one row) have no batch: one account for all samples.
-            totals = {name: r.double().cpu().sum().reshape(1) for name, r in relevance.items()}
-            entries = tuple(replace(e, amount=e.amount.sum().reshape(1)) for e in found.entries)
-            return Ledger(found.value.sum().reshape(1), totals, entries)
-
-    def _refuse_nonfinite(
-        self, bound: Bound, program: Program, relevance: tuple[Tensor, ...], scalar: Tensor
-    ) -> None:
-        total = sum(
-            (r.detach().float().abs().sum() for r in relevance), start=scalar.detach().float().abs().sum()
-        )
-        if bool(torch.isfinite(total)):
-            return
-        for name, tensor in bound.by_name.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise NonFiniteError(f"Input '{name}' contains NaN or infinity.")
-        if bool(torch.isfinite(scalar).all()):
-            raise NonFiniteError(
-                "The explained value is finite but relevance is not: a coefficient overflowed, as half "
-                "precision and rules that are not conservative can do. "
-                "Explain in bfloat16 or float32, or use composite='cp'."
-            )
-        raise NonFiniteError(
-            f"The model's output is NaN or infinite on this input{_first_nonfinite(program, bound)}."
-        )
-
-
-def _first_nonfinite(program: Program, bound: Bound) -> str:
-    class Finder(fx.Interpreter):
-        found: fx.Node | None = None
-
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            if (
-                self.found is None
-                and n.op == "call_function"
-                and isinstance(result, Tensor)
-                and result.is_floating_point()
-                and n in program_nodes
-                and not bool(torch.isfinite(result).all())
-            ):
-                self.found = n
-            return result
-
-    rows = {row.node for row in program.plan}
-    program_nodes = {n for n in program.rule_graph.graph.nodes if n.name in rows}
-    finder = Finder(program.rule_graph)
-    try:
-        with torch.no_grad():
-            finder.run(*bound.tensors)
-    except FxlrpError:
-        raise
-    except Exception:  # the finder only improves a message
-        return ""
-    if finder.found is None:
-        return ""
-    return (
-        f"; first at '{finder.found.name}' in {place(module_path(finder.found), source_line(finder.found))}"
-    )
+            others = (1, *shape[1:])
+            totals = {
+                name: r.double().cpu().reshape(len(r), *shape[1:], -1).sum((0, -1)).reshape(others)
+                for name, r in relevance.items()
+            }
+            entries = tuple(replace(e, amount=e.amount.sum(0, keepdim=True)) for e in found.entries)
+            return Ledger(found.value.sum(0, keepdim=True), totals, entries)
 
 
 def _keep_last(cache: dict[Any, Any], count: int, counts: Callable[[Any], bool]) -> None:
@@ -617,41 +567,3 @@ def _keep_last(cache: dict[Any, Any], count: int, counts: Callable[[Any], bool])
 
 def _ones(bound: Bound) -> tuple[bool, ...]:
     return tuple(size == 1 for t in bound.tensors for size in t.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class _ClassScore:
-    target: Target
-
-    def __call__(self, read: Any, operands: Any) -> Tensor:
-        logits = read[0] if read[0].dim() > 1 else read[0].unsqueeze(-1)
-        return self.target.score(logits, operands)
-
-
-@dataclass(frozen=True, eq=False)
-class _RowScore:
-    target: Target
-
-    def __call__(self, read: Any, operands: Any) -> Tensor:
-        return self.target.score(read[0].squeeze(1), operands)
-
-
-@dataclass(frozen=True, eq=False)
-class _FunctionScore:
-    target: Function
-    captured: Captured
-    indices: tuple[int, ...]
-
-    def __call__(self, read: Any, operands: Any) -> Tensor:
-        tensors = dict(zip(self.indices, read, strict=True))
-        try:
-            scalar = self.target.function(self.captured.outputs.rebuild(tensors))
-        except Exception as error:
-            raise TargetError(f"The target function failed on the model's output: {error}") from error
-        if not isinstance(scalar, Tensor) or scalar.dim() > 1:
-            shape = f"of shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
-            raise TargetError(
-                f"A target function returns one scalar per sample, [batch]; this one returned a result "
-                f"{shape}."
-            )
-        return scalar if scalar.dim() else scalar.unsqueeze(0)

@@ -20,7 +20,9 @@ Relevance = Tensor | Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """Relevance of the inputs for one scalar of the output.
+    """Relevance of the inputs for one scalar of the output, or for each of several.
+
+    Of K targets all tensors have K behind the batch: relevance ``[batch, K, sequence]``.
 
     Attributes:
         relevance: for token ids ``[batch, sequence]`` (summed over the hidden size), for float inputs their
@@ -87,6 +89,26 @@ class Explanation:
             else:
                 tokens = tokens + found
         return _scaled(_scaled(tokens) + _scaled(rotary))
+
+    def of(self, index: int) -> Explanation:
+        """The explanation of one of several targets, as if it had been explained by itself."""
+        if self.value.dim() < 2:
+            raise IndexError("This is the explanation of one target; several have value [batch, K].")
+
+        def one(tensors: Relevance) -> Relevance:
+            if isinstance(tensors, Tensor):
+                return tensors[:, index]
+            return {name: tensor[:, index] for name, tensor in tensors.items()}
+
+        return Explanation(
+            one(self.relevance),
+            self.value[:, index],
+            one(self.coefficients),
+            {name: tensor[:, index] for name, tensor in self.latents.items()},
+            {name: tensor[:, index] for name, tensor in self.positions.items()},
+            self._output,
+            None if self._ledger is None else lambda: self.ledger.of(index),
+        )
 
     def __repr__(self) -> str:
         def shape(value: Relevance) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -15,6 +15,8 @@ from .compiler.ledger import Entry
 @dataclass(frozen=True, eq=False)
 class Ledger:
     """Inputs + absorbed = the explained scalar, per sample; prints as a table.
+
+    Of K targets every tensor is ``[batch, K]`` in place of ``[batch]``.
 
     Where an input has no batch dimension (patches of all images packed in one row), samples cannot be told
     apart in it: the ledger then has one row, the sum over all samples.
@@ -62,8 +64,19 @@ class Ledger:
             groups[name] = groups.get(name, torch.zeros_like(self.value)) + entry.amount
         return dict(sorted(groups.items(), key=lambda item: -float(item[1].abs().sum())))
 
+    def of(self, index: int) -> Ledger:
+        """The ledger of one of several targets."""
+        entries = tuple(replace(entry, amount=entry.amount[:, index]) for entry in self.entries)
+        inputs = {name: amount[:, index] for name, amount in self.inputs.items()}
+        return Ledger(self.value[:, index], inputs, entries)
+
     def rows(self, sample: int = 0, top: int = 8) -> list[tuple[str, str, float, float]]:
-        """``(where, cause, relevance, share)`` for one sample: inputs, then the largest absorptions."""
+        """``(where, cause, relevance, share)`` for one sample: inputs, then the largest absorptions.
+
+        Of several targets the first; ``ledger.of(j)`` has the others.
+        """
+        if self.value.dim() > 1:
+            return self.of(0).rows(sample, top)
         value = float(self.value[sample])
 
         def share(amount: float) -> float:
@@ -97,10 +110,10 @@ class Ledger:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        note = (
-            "" if len(self.value) == 1 else f"\n(sample 0 of {len(self.value)}; ledger.table(i) shows others)"
-        )
-        return self.table() + note
+        notes = [f"sample 0 of {len(self.value)}; ledger.table(i) shows others"] * (len(self.value) > 1)
+        if self.value.dim() > 1:
+            notes.append(f"target 0 of {self.value.shape[1]}; ledger.of(j) has others")
+        return self.table() + "".join(f"\n({note})" for note in notes)
 
     def __repr__(self) -> str:
         return (

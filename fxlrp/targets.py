@@ -19,6 +19,9 @@ Index = int | Tensor
 class Target(abc.ABC):
     """A scalar per sample of logits ``[batch, classes]`` or, at one position, ``[batch, sequence, vocab]``.
 
+    Indices and positions may be LongTensors ``[batch, K]``: K targets per sample, which share one forward and
+    one backward pass.
+
     Attributes:
         position: for sequence outputs, the position whose logits are read: an int (negative counts from the
             end) or a LongTensor ``[batch]``; None for the last one that is not padding.
@@ -35,6 +38,12 @@ class Target(abc.ABC):
     @abc.abstractmethod
     def score(self, logits: Tensor, indices: Sequence[Tensor]) -> Tensor:
         """Explained scalars ``[batch]`` of logits ``[batch, classes]``, indices LongTensors ``[batch]``."""
+
+    def score_many(self, logits: Tensor, indices: Sequence[Tensor]) -> Tensor:
+        """Scalars ``[batch, K]`` of logits ``[batch, K, classes]`` and indices ``[batch, K]``."""
+        count = logits.shape[0] * logits.shape[1]
+        flat = logits.reshape(count, logits.shape[-1])
+        return self.score(flat, [i.reshape(count) for i in indices]).reshape(logits.shape[:2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +74,18 @@ class Logit(Target):
 
 
 @dataclass(frozen=True, eq=False)
+class LogProb(Logit):
+    """The log-probability ``z_c - log(sum_j exp(z_j))`` of class c.
+
+    The explanation starts at its gradient ``1[j = c] - softmax(z)_j`` in the logits. It is no linear function
+    of them: what its first-order step leaves over, ``F - sum(z * dF/dz)``, is booked as ``target``.
+    """
+
+    def score(self, logits: Tensor, indices: Sequence[Tensor]) -> Tensor:
+        return super().score(logits.log_softmax(-1), indices)
+
+
+@dataclass(frozen=True, eq=False)
 class LogitDifference(Target):
     """Contrastive: the logit of ``index`` minus that of ``other``, why this and not that."""
 
@@ -76,6 +97,70 @@ class LogitDifference(Target):
     def score(self, logits: Tensor, indices: Sequence[Tensor]) -> Tensor:
         first, second = (logits.gather(-1, i.unsqueeze(-1)).squeeze(-1) for i in indices)
         return first - second
+
+
+@dataclass(frozen=True, eq=False)
+class TopK(Target):
+    """The k largest logits of each sample, the largest first; of equal ones the lower class first.
+
+    Attributes:
+        k: how many.
+        position: see :class:`Target`.
+    """
+
+    k: int
+    position: Index | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.k) is not int or self.k < 1:
+            raise TargetError(f"TopK(k): k is an int of 1 or more, not {_kind(self.k)}.")
+
+    def score(self, logits: Tensor, indices: Sequence[Tensor]) -> Tensor:
+        return logits.gather(-1, _ranked(logits).gather(-1, indices[0].unsqueeze(-1))).squeeze(-1)
+
+    def score_many(self, logits: Tensor, indices: Sequence[Tensor]) -> Tensor:
+        # All k read the same row: it is sorted once.
+        classes = _ranked(logits[:, 0]).gather(-1, indices[0])
+        return logits.gather(-1, classes.unsqueeze(-1)).squeeze(-1)
+
+
+def _ranked(logits: Tensor) -> Tensor:
+    return logits.detach().sort(dim=-1, descending=True, stable=True).indices
+
+
+@dataclass(frozen=True, eq=False)
+class Span(Target):
+    """Every token of the positions start, ..., end - 1 of a causal language model's own input ids.
+
+    Target j explains the logit of ``ids[start + j]`` at position ``start + j - 1``, which predicts it
+    (teacher forcing). All share one forward and one backward pass.
+
+    Attributes:
+        start: the first token, 1 or more: nothing predicts the token at 0.
+        end: behind the last token.
+        log_prob: explain log-probabilities in place of logits.
+    """
+
+    start: int
+    end: int
+    log_prob: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.start) is not int or type(self.end) is not int:
+            raise TargetError(f"Span(start, end) takes ints, not {_kind(self.start)} and {_kind(self.end)}.")
+        if self.start < 1:
+            raise TargetError(
+                f"Span({self.start}, {self.end}) starts too early: no position predicts the token at 0, so "
+                "start is 1 or more (negative positions are not counted from the end)."
+            )
+        if self.end <= self.start:
+            raise TargetError(
+                f"Span({self.start}, {self.end}) is empty: end, which is not part of it, must be at least "
+                f"start + 1 = {self.start + 1}."
+            )
+
+    def score(self, logits: Tensor, indices: Sequence[Tensor]) -> Tensor:
+        raise NotImplementedError("a span becomes logits of the tokens in it")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +181,42 @@ class Function(Target):
         raise NotImplementedError("a function of the whole output reads no logits")
 
 
+@dataclass(frozen=True, eq=False)
+class Several(Target):
+    """What a list of targets becomes: each explained by itself, of one forward and one backward pass.
+
+    Attributes:
+        targets: one target per sample each, of kinds that read logits; they may differ in kind and position.
+    """
+
+    targets: tuple[Target, ...]
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise TargetError("The list of targets is empty: name at least one, or leave target out.")
+        for target in self.targets:
+            if isinstance(target, Function) or is_several(target):
+                raise TargetError(
+                    "A list of targets takes classes and target objects of one scalar per sample (Logit, "
+                    f"LogitDifference, LogProb, Predicted); got {_kind(target)}. Explain functions, Span, "
+                    "TopK and LongTensors [batch, K] by themselves."
+                )
+
+    def score(self, logits: Tensor, indices: Sequence[Tensor]) -> Tensor:
+        raise NotImplementedError("each of several targets has its own score")
+
+
+def is_several(target: Target) -> bool:
+    """Whether a target asks for several scalars per sample."""
+    if isinstance(target, (Several, Span, TopK)):
+        return True
+    names = (*target.indices, "position")
+    return any(isinstance(v := getattr(target, n, None), Tensor) and v.dim() > 1 for n in names)
+
+
 def as_target(target: Any) -> Target:
-    """A target of what users write: None, an int, a LongTensor of classes, a Target, a function of outputs.
+    """A target of what users write: None, an int, a LongTensor of classes, a Target, a function of outputs,
+    or a list of several targets.
 
     Raises:
         TargetError: anything else.
@@ -110,16 +229,18 @@ def as_target(target: Any) -> Target:
         isinstance(target, Tensor)
         and (target.is_floating_point() or target.is_complex() or target.dtype is torch.bool)
     ):
-        raise TargetError(f"A target's class is an int or a LongTensor [batch], not {_kind(target)}.")
+        raise TargetError(
+            f"A target's class is an int or a LongTensor [batch] or [batch, K], not {_kind(target)}."
+        )
     if isinstance(target, (int, Tensor)):
         return Logit(target)
-    if isinstance(target, (list, tuple)) and target and all(type(t) is int for t in target):
-        return Logit(torch.tensor(target))
+    if isinstance(target, (list, tuple)):
+        return Several(tuple(map(as_target, target)))
     if callable(target):
         return Function(target)
     raise TargetError(
-        f"A target is None (the predicted class), an int, a LongTensor [batch], a target object as "
-        f"fxlrp.Logit, or a function of the model's output; got {_kind(target)}."
+        "A target is None (the predicted class), an int, a LongTensor [batch] or [batch, K], a target object "
+        f"as fxlrp.Logit, a list of these, or a function of the model's output; got {_kind(target)}."
     )
 
 
@@ -141,7 +262,7 @@ def resolve(
     """
     batch, classes = shape[0], shape[-1]
     values = [
-        _checked(name, getattr(target, name), batch, classes, "classes", device) for name in target.indices
+        checked(name, getattr(target, name), batch, classes, "classes", device) for name in target.indices
     ]
     position = getattr(target, "position", None)
     if position is not None:
@@ -150,17 +271,27 @@ def resolve(
                 f"The output has shape {tuple(shape)}: it has no positions, so position={position!r} "
                 "does not apply."
             )
-        chosen = _checked("position", position, batch, shape[1], "positions", device)
+        chosen = checked("position", position, batch, shape[1], "positions", device)
         values.insert(0, chosen)
         if mask is not None and mask.shape == (batch, shape[1]):
-            padded = (mask.to(device).gather(1, chosen.unsqueeze(1)) == 0).squeeze(1)
-            if bool(padded.any()):
-                rows = padded.nonzero().flatten().tolist()
-                raise TargetError(
-                    f"Position {chosen[rows[0]].item()} of row {rows[0]} is padding; choose one where "
-                    "attention_mask is 1."
-                )
+            refuse_padding(chosen, mask.to(device))
     return tuple(values)
+
+
+def refuse_padding(positions: Tensor, mask: Tensor) -> None:
+    """Refuse positions ``[batch]`` or ``[batch, K]`` where the mask ``[batch, sequence]`` is 0.
+
+    Raises:
+        TargetError: with the first of them.
+    """
+    chosen = positions.reshape(len(positions), -1)
+    padded = mask.gather(1, chosen) == 0
+    if bool(padded.any()):
+        row, column = padded.nonzero()[0].tolist()
+        raise TargetError(
+            f"Position {chosen[row, column].item()} of row {row} is padding; choose one where "
+            "attention_mask is 1."
+        )
 
 
 def operand_tensors(target: Target, batch: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -172,16 +303,32 @@ def operand_tensors(target: Target, batch: int, device: torch.device) -> tuple[T
     )
 
 
-def _checked(name: str, value: Index, batch: int, size: int, what: str, device: torch.device) -> Tensor:
+def checked(
+    name: str,
+    value: Index,
+    batch: int,
+    size: int,
+    what: str,
+    device: torch.device,
+    count: int | None = None,
+) -> Tensor:
+    """A target's index or position as a LongTensor ``[batch]`` or ``[batch, count]``, counted from the start.
+
+    Raises:
+        TargetError: no integers, another shape, or out of range.
+    """
     tensor = torch.as_tensor(value, device=device)
     if tensor.is_floating_point() or tensor.dtype is torch.bool or tensor.is_complex():
         raise TargetError(f"The target's {name} must be an int or a LongTensor [batch], not {tensor.dtype}.")
+    shape = (batch,) if count is None else (batch, count)
     if tensor.dim() == 0:
-        tensor = tensor.expand(batch)
-    if tensor.shape != (batch,):
+        tensor = tensor.expand(shape)
+    elif tensor.shape == (batch,) and count is not None:
+        tensor = tensor.unsqueeze(1).expand(shape)
+    if tensor.shape != shape:
         raise TargetError(
-            f"The target's {name} has shape {tuple(tensor.shape)}; it is one per sample, so an int or "
-            f"shape ({batch},)."
+            f"The target's {name} has shape {tuple(tensor.shape)}; it is one per sample, so an int or shape "
+            f"({batch},), or ({batch}, {'K' if count is None else count}) for several targets per sample."
         )
     if bool(((tensor < -size) | (tensor >= size)).any()):
         wrong = tensor[(tensor < -size) | (tensor >= size)][0].item()

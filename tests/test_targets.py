@@ -56,7 +56,6 @@ def test_classes_and_positions(
         (7, logits[rows, end, 7]),
         (-1, logits[rows, end, -1]),
         (index, logits[rows, end, index]),
-        ([3, 1, 4], logits[rows, end, index]),
         (Logit(7, position=1), logits[:, 1, 7]),
         (Logit(index, position=position), logits[rows, position, index]),
         (LogitDifference(index, 5), logits[rows, end, index] - logits[rows, end, 5]),

@@ -47,9 +47,16 @@ _POINTWISE = frozenset(
 )
 
 
+#: Meta key of nodes that hold one row for each of several targets: ``ROW`` for what is computed of such rows,
+#: ``CHOICE`` for where they are chosen. The coefficient of a row is that of its target alone.
+TARGETS, ROW, CHOICE = "targets", "row", "choice"
+
+
 def select_rows(x: Tensor, positions: Tensor) -> Tensor:
-    """One position of each sample of ``x [batch, sequence, ...]``, as ``[batch, 1, ...]``."""
+    """Positions ``[batch]`` or ``[batch, K]`` of ``x [batch, sequence, ...]``: ``[batch, 1 or K, ...]``."""
     rows = torch.arange(x.shape[0], device=x.device)
+    if positions.dim() > 1:
+        return x[rows.unsqueeze(1), positions]
     return x[rows, positions].unsqueeze(1)
 
 
@@ -86,8 +93,11 @@ def demand_rows(
     given: bool,
     padding: bool = False,
     whole: Collection[str] = (),
+    lead: Any = None,
 ) -> fx.GraphModule:
     """A graph whose only output is the chosen rows ``[batch, 1, classes]`` of one sequence output.
+
+    With ``lead`` these are ``[batch, K, classes]``, one row for each of K targets.
 
     Args:
         module: the canonical graph.
@@ -97,12 +107,13 @@ def demand_rows(
         given: see ``positions``.
         padding: whether the mask is true where there is padding, and not where there is none.
         whole: names of nodes of which every position is wanted.
+        lead: the number of positions of each sample, a size or a symbol; None for one.
     """
     old = module.graph
     target = outputs(old)[output]
     needed = ancestors([target], set())
     mode = fake_mode(old)
-    full = _full(target, needed, whole)
+    full = _full(target, needed, whole, () if lead is None else _computed(old))
 
     graph = fx.Graph()
     env: dict[fx.Node, Any] = {}
@@ -127,6 +138,8 @@ def demand_rows(
             rows[node].meta.update(
                 {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
             )
+            if lead is not None:
+                rows[node].meta[TARGETS] = CHOICE
         return rows[node]
 
     for node in old.nodes:
@@ -136,9 +149,8 @@ def demand_rows(
     if positions is not None and given:
         chosen = graph.placeholder(positions)
         with mode:
-            chosen.meta = {
-                "val": torch.zeros(value(target).shape[0], dtype=torch.long, device=value(target).device)
-            }
+            shape = value(target).shape[:1] if lead is None else (value(target).shape[0], lead)
+            chosen.meta = {"val": torch.zeros(shape, dtype=torch.long, device=value(target).device)}
     elif positions is not None:
         mask = next(env[n] for n in old.nodes if n.op == "placeholder" and n.target == positions)
         chosen = compute(last_before_padding if padding else last_unpadded, mask)
@@ -152,25 +164,46 @@ def demand_rows(
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), row)
             rows[node] = graph.create_node(node.op, node.target, args, kwargs, name=node.name)
             rows[node].meta = {**node.meta, "val": value(node)[:, :1]}
+            if lead is not None:
+                with mode:
+                    shape = (value(node).shape[0], lead, *value(node).shape[2:])
+                    rows[node].meta.update({"val": value(node).new_empty(shape), TARGETS: ROW})
     graph.output((row(target),))
     graph.lint()
     return fx.GraphModule(module, graph, "Demanded")
 
 
-def _full(target: fx.Node, needed: set[fx.Node], whole: Collection[str]) -> set[fx.Node]:
-    """Nodes of which every position is needed: steps that mix positions, and what such steps read."""
+def _computed(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on an input."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _full(
+    target: fx.Node, needed: set[fx.Node], whole: Collection[str], computed: Collection[fx.Node] = ()
+) -> set[fx.Node]:
+    """Nodes of which every position is needed: steps that mix positions, and what such steps read.
+
+    ``computed``: nodes that rows may share with others only as sequences, since each row has a coefficient of
+    its own.
+    """
     full: set[fx.Node] = set()
+
+    def row_wise(node: fx.Node) -> bool:
+        return _is_row_wise(node, target) and not any(
+            x in computed and not _is_sequence(x, target) for x in node.all_input_nodes
+        )
+
     for node in (n for n in reversed(target.graph.nodes) if n in needed):
         if node is target:
             continue
         readers = [user for user in node.users if user in needed]
-        if (
-            node.name in whole
-            or not _is_row_wise(node, target)
-            or any(u in full or not _is_row_wise(u, target) for u in readers)
-        ):
+        if node.name in whole or not row_wise(node) or any(u in full or not row_wise(u) for u in readers):
             full.add(node)
-    return full if _is_row_wise(target, target) else full | {target}
+    return full if row_wise(target) else full | {target}
 
 
 def _is_sequence(node: fx.Node, target: fx.Node) -> bool:

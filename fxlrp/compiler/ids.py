@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..rules import Structural
 from ..rules.activation import op_name
-from ..rules.base import Call
+from ..rules.base import Call, many
 from .graphs import arg, is_float, is_op, leaves, tree, value
 from .template import Templates
 
@@ -151,6 +151,7 @@ def route(
     relevance: fx.Node,
     values: Mapping[fx.Node, Any],
     templates: Templates,
+    lead: Any = None,
 ) -> Any:
     """Emit the way back of looked-up tokens' relevance to the places that their ids have in the input.
 
@@ -162,6 +163,7 @@ def route(
         relevance: relevance of the lookup's tokens, shaped as the ids that it reads.
         values: what stands for the nodes of the captured graph.
         templates: where vjps are traced.
+        lead: the relevance's leading size, where there are several targets.
     """
     dtype = value(lookup).dtype
     relevance.meta.setdefault("val", value(_read_by(lookup)))
@@ -169,9 +171,17 @@ def route(
     def back(node: fx.Node, operand: fx.Node, coefficient: Any) -> Any:
         with templates.mode:
             like = torch.empty_like(value(node), dtype=dtype)
+            like = like if lead is None else like.new_empty((lead, *like.shape))
         fakes = [*(value(x) for x in _operands(node)), like]
         key = ("ids", node.name, operand.name)
-        template = templates.get(key, lambda *given: (_back(node, operand, given),), fakes)
+
+        def one(*given: Any) -> tuple[Tensor | None, ...]:
+            return (_back(node, operand, given),)
+
+        def each(*given: Any) -> tuple[Tensor | None, ...]:
+            return many(lambda coefficient: one(*given[:-1], coefficient))(given[-1])
+
+        template = templates.get(key, one if lead is None else each, fakes)
         return template.inline(graph, [*(values[x] for x in _operands(node)), coefficient], [0])[0]
 
     def add(first: Any, second: Any) -> Any:

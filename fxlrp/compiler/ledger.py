@@ -33,7 +33,7 @@ class Entry:
         node: the node's name in the rule graph.
         module: path of its module.
         cause: ``bias``, ``epsilon``, ``empty``, ``frozen``, ``constant``, ``remainder`` or ``target``.
-        amount: relevance ``[batch]``, float64.
+        amount: relevance ``[batch]``, ``[batch, K]`` of several targets, float64.
     """
 
     node: str
@@ -44,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Account:
-    """Explained scalars ``[batch]`` and what was absorbed on the way to the inputs."""
+    """Explained scalars, ``[batch]`` or ``[batch, K]``, and what was absorbed on the way to the inputs."""
 
     value: Tensor
     entries: tuple[Entry, ...]
@@ -53,7 +53,7 @@ class Account:
 def account(
     module: fx.GraphModule, sources: Sequence[Source], seed: Seed, inputs: Sequence[Tensor]
 ) -> Account:
-    """Run the rule graph once and pull each sample's scalar back by itself, booking at every node.
+    """Run the rule graph once and pull each scalar back by itself, booking at every node.
 
     ``inputs`` are those of the relevance graph: the model's, a position if the target has one, the seed's
     operands.
@@ -69,14 +69,16 @@ def account(
     read = [values[n] for n in seed.reads(outputs(graph))]
     score, *_ = seed.joint(*read, *operands)
     entries: dict[tuple[str, str, str], list[Tensor]] = {}
-    batch = score.shape[0]
-    for sample in range(batch):
+    scalars = score.numel()
+    for sample in range(scalars):
         seeds = _one(seed, read, operands, sample)
         arrived = sum(
             (dot(z, g) for z, g in zip(read, seeds, strict=True) if g is not None),
             start=torch.zeros((), dtype=torch.float64),
         )
-        _book(entries, ("target", "", "target"), score[sample].double().cpu() - arrived.cpu(), sample)
+        _book(
+            entries, ("target", "", "target"), score.flatten()[sample].double().cpu() - arrived.cpu(), sample
+        )
         cotangents: dict[fx.Node, Any] = {}
         carried: dict[fx.Node, Any] = {}
         for node, g in zip(seed.reads(outputs(graph)), seeds, strict=True):
@@ -91,7 +93,7 @@ def account(
             amount = _looked_up_elsewhere(readers, values, relevance)
             _book(entries, (node.name, module_path(node), "constant"), amount.cpu(), sample)
     rows = tuple(
-        Entry(node, path, cause, torch.stack(_padded(amounts, batch)))
+        Entry(node, path, cause, torch.stack(_padded(amounts, scalars)).reshape(score.shape))
         for (node, path, cause), amounts in entries.items()
     )
     return Account(
@@ -199,10 +201,10 @@ def _as_tree(output: Any, cotangent: Any) -> Any:
 
 
 def _one(seed: Seed, read: Sequence[Tensor], operands: Sequence[Tensor], sample: int) -> list[Tensor | None]:
-    """The seed's gradient for one sample alone."""
+    """The seed's gradient for one of the scalars alone."""
     inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in read]
     with torch.enable_grad():
-        score = seed.score(inputs, operands)[sample]
+        score = seed.score(inputs, operands).flatten()[sample]
     floats = [x for x in inputs if x.requires_grad]
     gradients = iter(
         torch.autograd.grad(score, floats, allow_unused=True) if score.requires_grad else [None] * len(floats)

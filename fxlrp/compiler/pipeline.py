@@ -76,6 +76,7 @@ def build(
             given=rows.given,
             padding=rows.padding,
             whole=(latents or {}).values(),
+            lead=seed.lead if seed.rows else None,
         )
     graph = only_outputs(graph, seed.outputs)
     targets = seed.reads(outputs(graph.graph))

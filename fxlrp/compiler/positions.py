@@ -68,10 +68,12 @@ def with_position_leaves(
 
 
 def per_position(dim: int, table: Tensor, coefficient: Tensor) -> Tensor:
-    """Relevance of a leaf summed over all but samples and positions: ``[batch, positions]``."""
+    """Relevance of a leaf summed over all but samples and positions, ``[batch, positions]``, for each of the
+    coefficient's targets.
+    """
     relevance = table * coefficient
-    kept = (0, relevance.dim() + dim)
-    return relevance.sum([d for d in range(relevance.dim()) if d not in kept])
+    summed = [d for d in range(1, table.dim()) if d != table.dim() + dim]
+    return relevance.sum([d - table.dim() for d in summed])
 
 
 def _label(node: fx.Node, table: object, module: fx.GraphModule) -> str:

@@ -13,9 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from .functional import is_functional, rewrite
+
+#: What a symbolic number of targets is taken for while tracing; a prime that other sizes hardly have.
+_HINT = 11
 
 #: Ops that cost nothing at run time, so that a backward may repeat them instead of keeping the forward's.
 _FREE = frozenset(
@@ -145,12 +150,30 @@ def trace(function: Callable[..., Sequence[Any]], values: Sequence[Any], name: s
     return Template(graph, inputs, tuple(flat), constants)
 
 
+def is_symbol(size: Any) -> bool:
+    """Whether a size may still change: nothing that was traced has fixed it."""
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.is_Symbol)
+
+
 @dataclass(eq=False)
 class Templates:
     """Templates by what they were traced for."""
 
     mode: Any
     _known: dict[Any, Template] = field(default_factory=dict)
+    _lead: Any = None
+
+    def lead(self) -> Any:
+        """A symbol for how many targets there are; an int where this trace can have none."""
+        if not is_symbol(self._lead):
+            context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+            env = self.mode.shape_env
+            if env is None:
+                return _HINT
+            source = ConstantSource(f"targets{len(env.var_to_range)}")
+            fake = self.mode.from_tensor(torch.empty(_HINT), symbolic_context=context, source=source)
+            self._lead = fake.shape[0]
+        return self._lead
 
     def get(self, key: Any, function: Callable[..., Sequence[Any]], values: Sequence[Any]) -> Template:
         """The template of a function at values like these; ``key`` stands for the function."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from .base import Call, Cotangent, Linearization, Rule, check, dot, remainder, vjp
+from .batched_attention import attention_of_many
 from .product import Uniform
 from .softmax import SoftmaxTaylor
 from .written import Written
@@ -87,7 +88,15 @@ class AttentionRule(_Attention):
                 return tuple(found.get(i) for i in call.active)
 
             return Linearization(call.run(), pullback)
-        step, shares = vjp(call), self._shares(call)
+        return self._shared(vjp(call), call)
+
+    def linearize_many(self, call: Call) -> Linearization:
+        if self._is_written_out:
+            return super().linearize_many(call)
+        return self._shared(attention_of_many(call), call)
+
+    def _shared(self, step: Linearization, call: Call) -> Linearization:
+        shares = self._shares(call)
         return Linearization(
             step.output,
             lambda cotangent: tuple(
@@ -125,10 +134,17 @@ class FrozenAttention(_Attention):
         return "frozen_attention"
 
     def linearize(self, call: Call) -> Linearization:
+        return self._of_values(vjp, call)
+
+    def linearize_many(self, call: Call) -> Linearization:
+        return self._of_values(attention_of_many, call)
+
+    @staticmethod
+    def _of_values(linearized: Callable[[Call], Linearization], call: Call) -> Linearization:
         values = Call(call.op, call.args, call.kwargs, (_VALUE,)) if _VALUE in call.active else None
         if values is None:
             return Linearization(call.run(), lambda cotangent: (None,) * len(call.active))
-        step = vjp(values)
+        step = linearized(values)
         return Linearization(
             step.output,
             lambda cotangent: tuple(
@@ -147,6 +163,9 @@ class GradientAttention(_Attention):
 
     def linearize(self, call: Call) -> Linearization:
         return vjp(call)
+
+    def linearize_many(self, call: Call) -> Linearization:
+        return attention_of_many(call)
 
     def absorbed(
         self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]

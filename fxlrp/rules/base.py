@@ -96,6 +96,15 @@ class Rule(abc.ABC):
     def linearize(self, call: Call) -> Linearization:
         """Run the op and return its output with the pullback of this rule."""
 
+    def linearize_many(self, call: Call) -> Linearization:
+        """The same with a pullback of K coefficients at once: ``[K, *shape]`` in and out.
+
+        By default ``linearize``'s pullback under ``torch.vmap``: whatever it computes of values alone is
+        computed once.
+        """
+        step = self.linearize(call)
+        return Linearization(step.output, many(step.pullback))
+
     def absorbed(
         self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
     ) -> dict[str, Tensor]:
@@ -122,18 +131,59 @@ def vjp(call: Call) -> Linearization:
     outputs, spec = pytree.tree_flatten(output)
 
     def pullback(cotangent: Cotangent) -> tuple[Tensor | None, ...]:
-        pairs = [
-            (z, g)
-            for z, g in zip(outputs, pytree.tree_leaves(cotangent, is_leaf=_is_none), strict=True)
-            if g is not None and isinstance(z, Tensor) and z.requires_grad
-        ]
-        if not pairs:
-            return (None,) * len(inputs)
-        zs, gs = zip(*pairs, strict=True)
-        return torch.autograd.grad(zs, inputs, gs, allow_unused=True, retain_graph=True)
+        return pulled(outputs, inputs, cotangent)
 
     detached = [z.detach() if isinstance(z, Tensor) else z for z in outputs]
     return Linearization(pytree.tree_unflatten(detached, spec), pullback)
+
+
+def pulled(
+    outputs: Sequence[Any], inputs: Sequence[Tensor], cotangent: Cotangent
+) -> tuple[Tensor | None, ...]:
+    """Autograd's coefficients of the inputs from those of the outputs, flat or as their tree."""
+    pairs = [
+        (z, g)
+        for z, g in zip(outputs, pytree.tree_leaves(cotangent, is_leaf=_is_none), strict=True)
+        if g is not None and isinstance(z, Tensor) and z.requires_grad
+    ]
+    if not pairs:
+        return (None,) * len(inputs)
+    zs, gs = zip(*pairs, strict=True)
+    # Where autograd is on the pullback is itself differentiated: its transpose pushes tangents forward.
+    return torch.autograd.grad(
+        zs, inputs, gs, allow_unused=True, retain_graph=True, create_graph=torch.is_grad_enabled()
+    )
+
+
+def linearized_many(rule: Rule, call: Call) -> Linearization:
+    """A rule with a pullback of K coefficients; a class that has a ``linearize`` of its own and takes over
+    another's ``linearize_many`` gets the one that follows from its own.
+    """
+    single, batched = (
+        next(i for i, kind in enumerate(type(rule).__mro__) if method in vars(kind))
+        for method in ("linearize", "linearize_many")
+    )
+    return rule.linearize_many(call) if batched <= single else Rule.linearize_many(rule, call)
+
+
+def many(pullback: Pullback) -> Pullback:
+    """A pullback of K coefficients at once, ``[K, *shape]`` each, from one of single ones."""
+
+    def pull(cotangent: Cotangent) -> tuple[Tensor | None, ...]:
+        leaves, spec = pytree.tree_flatten(cotangent, is_leaf=_is_none)
+        arrived: list[bool] = []
+
+        def one(*tensors: Tensor) -> tuple[Tensor, ...]:
+            given = iter(tensors)
+            tree = pytree.tree_unflatten([None if g is None else next(given) for g in leaves], spec)
+            found = pullback(tree)
+            arrived[:] = [g is not None for g in found]
+            return tuple(g for g in found if g is not None)
+
+        coefficients = iter(torch.vmap(one)(*(g for g in leaves if g is not None)))
+        return tuple(next(coefficients) if there else None for there in arrived)
+
+    return pull
 
 
 def wide(x: Tensor) -> Tensor:
@@ -195,6 +245,11 @@ class Gradient(Rule):
 
     def linearize(self, call: Call) -> Linearization:
         return vjp(call)
+
+    def linearize_many(self, call: Call) -> Linearization:
+        from .stacked import vjp_many  # which is made of what this module defines
+
+        return vjp_many(call)
 
     def absorbed(
         self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]

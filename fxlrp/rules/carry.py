@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .activation import op_name
 from .base import Call, Cotangent, Linearization, Rule, vjp
+from .stacked import vjp_many
 
 _COPYING = """view reshape unsafe_view view_as reshape_as transpose permute t swapaxes movedim moveaxis
     unsqueeze squeeze expand expand_as broadcast_to contiguous clone alias slice select narrow split
@@ -50,6 +51,18 @@ class Carry(Rule):
             return vjp(call)
         (x,) = call.operands()
         return Linearization(call.run(), lambda relevance: (relevance.sum_to_size(x.shape).to(x.dtype),))
+
+    def linearize_many(self, call: Call) -> Linearization:
+        if op_name(call.op) in _MOVES:
+            return vjp_many(call)
+        (x,) = call.operands()
+
+        def pullback(relevance: Cotangent) -> tuple[Tensor]:
+            repeated = relevance.dim() - 1 - x.dim()
+            summed = relevance.sum(tuple(range(1, 1 + repeated))) if repeated else relevance
+            return (summed.sum_to_size((relevance.shape[0], *x.shape)).to(x.dtype),)
+
+        return Linearization(call.run(), pullback)
 
     def absorbed(
         self, call: Call, output: Any, cotangent: Cotangent, coefficients: Sequence[Tensor | None]

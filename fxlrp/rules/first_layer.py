@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,10 +19,12 @@ from torch import Tensor
 from . import affine
 from .activation import op_name
 from .base import Call, Cotangent, Linearization, Rule, check, wide
-from .linear import ordinary
+from .linear import ordinary, ordinary_many
 
 #: Share of the largest possible denominator that counts as its rounding, in units of the dtype's eps.
 _ROUNDING = 4
+#: How a product is pulled back: of one coefficient or of K.
+_Product = Callable[[Call], Linearization]
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,18 @@ class _FirstLayer(Rule):
         return affine.refusal(call)
 
     @abc.abstractmethod
-    def _parts(self, call: Call) -> tuple[Tensor, Tensor, Linearization]:
+    def _parts(self, call: Call, product: _Product) -> tuple[Tensor, Tensor, Linearization]:
         """Totals by output, where they are there, and the map from ``R / total`` to relevance."""
 
     def linearize(self, call: Call) -> Linearization:
+        return self._shared(call, ordinary)
+
+    def linearize_many(self, call: Call) -> Linearization:
+        return self._shared(call, ordinary_many)
+
+    def _shared(self, call: Call, product: _Product) -> Linearization:
         output = call.run()
-        total, there, parts = self._parts(call)
+        total, there, parts = self._parts(call, product)
 
         def pullback(cotangent: Cotangent) -> tuple[Tensor | None, ...]:
             share = torch.where(there, wide(output) * cotangent / total, 0.0)
@@ -52,7 +60,7 @@ class _FirstLayer(Rule):
     def absorbed(
         self, call: Call, output: Tensor, cotangent: Cotangent, coefficients: Sequence[Tensor | None]
     ) -> dict[str, Tensor]:
-        _, there, _ = self._parts(call)
+        _, there, _ = self._parts(call, ordinary)
         return {"empty": torch.where(there, 0.0, output.double() * cotangent.double()).sum()}
 
 
@@ -103,12 +111,12 @@ class Box(_FirstLayer):
         channels, (length,) = call.args[0].shape[_channel(call)], lengths
         return None if channels == length else f"it has {length} bounds for {channels} channels"
 
-    def _parts(self, call: Call) -> tuple[Tensor, Tensor, Linearization]:
+    def _parts(self, call: Call, product: _Product) -> tuple[Tensor, Tensor, Linearization]:
         (x,) = call.operands()
         low, high = (_bound(call, x, bound) for bound in (self.low, self.high))
         offset, width = x - (low + high) / 2, ((high - low) / 2) + torch.zeros_like(x)
-        centred = ordinary(affine.changed(call, lambda _: offset, affine.same, affine.zeros))
-        spread = ordinary(affine.changed(call, lambda _: width, abs, affine.zeros))
+        centred = product(affine.changed(call, lambda _: offset, affine.same, affine.zeros))
+        spread = product(affine.changed(call, lambda _: width, abs, affine.zeros))
         largest = wide(spread.output)
         total = wide(centred.output) + largest
 
@@ -133,8 +141,8 @@ class Flat(_FirstLayer):
     Source: Lapuschkin et al. 2019 (Unmasking Clever Hans predictors), supplement; Bach et al. 2016.
     """
 
-    def _parts(self, call: Call) -> tuple[Tensor, Tensor, Linearization]:
-        return _by_weight(affine.changed(call, affine.ones, affine.ones, affine.zeros))
+    def _parts(self, call: Call, product: _Product) -> tuple[Tensor, Tensor, Linearization]:
+        return _by_weight(affine.changed(call, affine.ones, affine.ones, affine.zeros), product)
 
 
 @dataclass(frozen=True)
@@ -152,12 +160,12 @@ class WSquare(_FirstLayer):
     def name(self) -> str:
         return "w_square"
 
-    def _parts(self, call: Call) -> tuple[Tensor, Tensor, Linearization]:
-        return _by_weight(affine.changed(call, affine.ones, affine.square, affine.zeros))
+    def _parts(self, call: Call, product: _Product) -> tuple[Tensor, Tensor, Linearization]:
+        return _by_weight(affine.changed(call, affine.ones, affine.square, affine.zeros), product)
 
 
-def _by_weight(call: Call) -> tuple[Tensor, Tensor, Linearization]:
-    parts = ordinary(call)
+def _by_weight(call: Call, product: _Product) -> tuple[Tensor, Tensor, Linearization]:
+    parts = product(call)
     total = wide(parts.output)
     return total, total != 0, parts
 

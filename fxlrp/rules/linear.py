@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .activation import op_name
 from .base import Call, Cotangent, Linearization, Rule, check, dot, vjp, wide
+from .stacked import vjp_many
 
 
 def sigma(z: Tensor, epsilon: float | Tensor) -> Tensor:
@@ -48,8 +49,15 @@ def ordinary(call: Call) -> Linearization:
     return _linear(call) if _is_plain_linear(call) else vjp(call)
 
 
+def ordinary_many(call: Call) -> Linearization:
+    """The same for K coefficients at once."""
+    return _linear(call) if _is_plain_linear(call) else vjp_many(call)
+
+
 def _linear(call: Call) -> Linearization:
-    """``F.linear`` with constant weights: one matrix product back, whatever the strides."""
+    """``F.linear`` with constant weights: one matrix product back, whatever the strides, for any number of
+    coefficients.
+    """
     weight = call.args[1]
 
     def pullback(cotangent: Cotangent) -> tuple[Tensor | None, ...]:
@@ -89,7 +97,12 @@ class Epsilon(Rule):
         check(self.epsilon >= 0, self, "epsilon must be 0 or more")
 
     def linearize(self, call: Call) -> Linearization:
-        step = ordinary(call)
+        return self._damped(call, ordinary(call))
+
+    def linearize_many(self, call: Call) -> Linearization:
+        return self._damped(call, ordinary_many(call))
+
+    def _damped(self, call: Call, step: Linearization) -> Linearization:
         if self.epsilon == 0:
             return step
         return Linearization(

@@ -31,7 +31,12 @@ class Uniform(Epsilon):
         return "uniform"
 
     def linearize(self, call: Call) -> Linearization:
-        step = Epsilon(self.epsilon, relative=self.relative).linearize(call)
+        return self._shared(Epsilon(self.epsilon, relative=self.relative).linearize(call), call)
+
+    def linearize_many(self, call: Call) -> Linearization:
+        return self._shared(Epsilon(self.epsilon, relative=self.relative).linearize_many(call), call)
+
+    def _shared(self, step: Linearization, call: Call) -> Linearization:
         shares = self.shares or (1 / len(call.active),) * len(call.active)
         return Linearization(
             step.output,

@@ -8,8 +8,9 @@ float32 at least.
 
 from __future__ import annotations
 
+import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from . import affine
 from .base import Call, Cotangent, Linearization, Rule, check, dot, wide
-from .linear import Epsilon, ordinary
+from .linear import Epsilon, ordinary, ordinary_many
 
 #: Share of A up to which a sum of one sign counts as rounding, in units of the dtype's eps. z and A are
 #: rounded by up to half an eps each when they are stored, and by some more while they are summed up.
@@ -33,6 +34,16 @@ class _SignSplit(Rule):
 
     def refusal(self, call: Call) -> str | None:
         return affine.refusal(call)
+
+    def linearize(self, call: Call) -> Linearization:
+        return self._split(call, ordinary)
+
+    def linearize_many(self, call: Call) -> Linearization:
+        return self._split(call, ordinary_many)
+
+    @abc.abstractmethod
+    def _split(self, call: Call, product: Callable[[Call], Linearization]) -> Linearization:
+        """The rule, given how the op and the op on absolute values are pulled back."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +74,12 @@ class Gamma(_SignSplit):
         check(0 <= self.gamma < math.inf, self, "gamma must be 0 or more, and finite")
         check(self.epsilon >= 0, self, "epsilon must be 0 or more")
 
-    def linearize(self, call: Call) -> Linearization:
+    def _split(self, call: Call, product: Callable[[Call], Linearization]) -> Linearization:
         if self.gamma == 0:
-            return Epsilon(self.epsilon).linearize(call)
+            plain = Epsilon(self.epsilon)
+            return plain.linearize(call) if product is ordinary else plain.linearize_many(call)
         (x,) = call.operands()
-        step, absolute = ordinary(call), ordinary(affine.magnitude(call))
+        step, absolute = product(call), product(affine.magnitude(call))
         fraction = self._fraction(step.output, absolute.output)
 
         def pullback(cotangent: Cotangent) -> tuple[Tensor | None, ...]:
@@ -139,9 +151,9 @@ class AlphaBeta(_SignSplit):
     def name(self) -> str:
         return "alpha_beta"
 
-    def linearize(self, call: Call) -> Linearization:
+    def _split(self, call: Call, product: Callable[[Call], Linearization]) -> Linearization:
         (x,) = call.operands()
-        step, absolute = ordinary(call), ordinary(affine.magnitude(call))
+        step, absolute = product(call), product(affine.magnitude(call))
         z, size, rounding = self._sums(step.output, absolute.output)
 
         def pullback(cotangent: Cotangent) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,46 @@
+"""Several targets in as many passes as memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+#: What PyTorch's allocators for the CPU say, whose error has no class of its own.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory")
+
+
+def in_chunks(run: Callable[[int, int], Any], count: int, chunk: int | None) -> Any:
+    """``run(start, stop)`` for all ``count`` targets, joined at the second dimension.
+
+    ``chunk`` targets at a time, all where it is None; where memory runs out half as many, down to one.
+
+    Raises:
+        torch.OutOfMemoryError, RuntimeError: one target alone does not fit.
+    """
+    size = count if chunk is None else min(chunk, count)
+    start, parts = 0, []
+    while start < count:
+        stop = min(start + size, count)
+        try:
+            parts.append(run(start, stop))
+            start = stop
+        except RuntimeError as error:
+            if stop - start == 1 or not _is_out_of_memory(error):
+                raise
+            size = (stop - start + 1) // 2
+            # Out of the handler before the next try: until then the error keeps the failed run's tensors.
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def _joined(parts: list[Any]) -> Any:
+    leaves = [pytree.tree_leaves(part) for part in parts]
+    tensors: list[Tensor] = [torch.cat(column, 1) for column in zip(*leaves, strict=True)]
+    return pytree.tree_unflatten(tensors, pytree.tree_structure(parts[0]))
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(said in str(error).lower() for said in _NO_MEMORY)

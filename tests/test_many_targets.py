@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxlrp
 from fxlrp import Logit, LogitDifference, LogProb, Span, TopK
-from fxlrp.rules import Linearization, Rule
+from fxlrp.rules import AttentionRule, Epsilon, IdentityNorm, Linearization, Rule
 from fxlrp.rules.base import Call, vjp
+from fxlrp.rules.batched_attention import attention_of_many
 from fxlrp.rules.ops import attention
 from fxlrp.rules.stacked import vjp_many
-from fxlrp.rules.written import attention_of_many
 
 COMPOSITES = ("attnlrp", "cp", "gradient")
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention_for_cpu")
@@ -80,6 +80,46 @@ def test_classes_of_a_sample_are_explained_as_by_themselves(family: str, composi
     assert len(explainer._programs) == 2, "one program for any number of targets, one for single ones"
     assert several.ledger.residual < 1e-6
     assert several.ledger.value.shape == several.value.shape
+
+
+STABILISED = fxlrp.Composite(
+    [
+        (fxlrp.op("attention"), AttentionRule(0.1, 0.2, 2.0)),
+        (fxlrp.op("norm"), IdentityNorm(1e-2)),
+        (fxlrp.op("linear"), Epsilon(0.25, relative=True)),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "composite"),
+    [
+        ("Llama", "pa"),
+        ("Llama", "attnlrp-gamma"),
+        ("Llama", "attribution-graph"),
+        ("BERT", STABILISED),
+        ("ViT", "epsilon-plus-flat"),
+        ("ViT", "epsilon-gamma-box"),
+        ("ViT", "epsilon-alpha2-beta1"),
+    ],
+)
+def test_every_rule_takes_several_targets(family: str, composite: str | fxlrp.Composite) -> None:
+    """Would break: a rule whose pullback mixes targets, relevance that is carried to the input but of one
+    target, positions of the wrong one.
+    """
+    make, inputs, classes = FAMILIES[family]
+    explainer = fxlrp.lrp_compile(make(), composite, backend="eager")
+    for batch, length, count in ((2, 7, 3), (3, 6, 2)):
+        given = inputs(batch, length)
+        classes_of = torch.randint(0, classes, (batch, count))
+        several = explainer(**given, target=classes_of)
+        singles = [explainer(**given, target=classes_of[:, j]) for j in range(count)]
+        assert_same(several, singles, 1e-9)
+        for label, found in several.positions.items():
+            for j, single in enumerate(singles):
+                torch.testing.assert_close(found[:, j], single.positions[label])
+    assert several.ledger.residual < 1e-6
+    assert bool(several.positions) == (composite == "pa")
 
 
 def test_experts_of_a_mixture() -> None:

@@ -410,7 +410,8 @@ def test_spans_need_ids_positions_and_no_padding(
 
 def test_the_graph_of_several_targets_compiles(batch: dict[str, Tensor]) -> None:
     """fullgraph, dynamic, other sizes and another number of targets; would break by a graph break."""
-    explainer = fxlrp.lrp_compile(models.tiny_llama(num_hidden_layers=1), backend="eager")
+    model = models.tiny_llama(num_hidden_layers=1).float()
+    explainer = fxlrp.lrp_compile(model, backend="eager")
     explainer(**batch, target=torch.zeros(3, 2, dtype=torch.long))
     graph = explainer.relevance_graph
     compiled = torch.compile(graph, fullgraph=True, dynamic=True)
@@ -419,7 +420,7 @@ def test_the_graph_of_several_targets_compiles(batch: dict[str, Tensor]) -> None
         for found, expected in zip(
             pytree.tree_leaves(compiled(*operands)), pytree.tree_leaves(graph(*operands)), strict=True
         ):
-            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_graph_of_one_target_is_as_it_was(explainer: fxlrp.Explainer, batch: dict[str, Tensor]) -> None:

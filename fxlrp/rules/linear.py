@@ -35,7 +35,8 @@ def _deviation(call: Call, z: Tensor) -> Tensor:
     centred = magnitude - magnitude.mean(dims, keepdim=True)
     # From a norm, which on a CPU takes a twentieth of the time of std.
     length = torch.linalg.vector_norm(centred, dim=dims, keepdim=True)
-    return (length * length / math.prod(z.shape[first:])).sqrt()
+    deviation: Tensor = (length * length / math.prod(z.shape[first:])).sqrt()
+    return deviation
 
 
 def _is_plain_linear(call: Call) -> bool:

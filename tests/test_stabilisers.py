@@ -88,6 +88,27 @@ class TestRelative:
         assert both.ledger.residual < TOLERANCE
         assert both.ledger.by_cause()["epsilon"].abs().min() > 0
 
+    def test_lengths_that_change(self) -> None:
+        """Breaks if the number of elements that a deviation is over becomes a constant of the graph."""
+
+        class Turned(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+            def forward(self, ids: Tensor) -> Tensor:
+                return self.head((self.table(ids).transpose(1, 2) * 2.0).mean(-1))
+
+        model = Turned().double().eval()
+        composite = fxlrp.Composite([(fxlrp.op("structural"), Structural(0.5, relative=True))])
+        explainer = fxlrp.lrp_compile(model, composite, backend="eager")
+        explainer(torch.tensor([[1, 2, 3], [4, 5, 6]]))
+        graph, ids = explainer.relevance_graph, torch.tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]])
+        found = explainer(ids)
+        assert explainer.relevance_graph is graph
+        fixed = fxlrp.lrp_compile(model, composite, backend="eager", dynamic=False)(ids)
+        assert error(found.relevance, fixed.relevance) < TOLERANCE
+
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_ratios_are_taken_in_float32(dtype: torch.dtype) -> None:

@@ -170,6 +170,7 @@ class Backward:
         step_op = RuleOp(rule_op(node).op, Carry(), rule_op(node).active)
         template, operands, outs = self._template(node, step_op)
         seeds = self._cotangent_leaves(node, self.carried[node])
+        seeds = [self._aten(torch.ops.aten.contiguous.default, g) for g in seeds]
         wanted = [outs + i for i in range(len(step_op.active))]
         known: dict[fx.Node, Any] = {}
         results = template.inline(self.graph, [*self._operands(operands), *seeds], wanted, known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -29,11 +30,14 @@ def _deviation(call: Call, z: Tensor) -> Tensor:
     """The standard deviation of an output: over channels and space of each sample for convolutions, else over
     the last dimension, so that neither padding nor other rows or samples matter.
     """
-    if op_name(call.op).startswith("conv"):
-        dims = list(range(1 - call.args[1].dim(), 0))
-    else:
-        dims = [-1] if z.dim() else []
-    return wide(z.abs() if z.is_complex() else z).std(dims, correction=0, keepdim=True)
+    first = 1 - call.args[1].dim() if op_name(call.op).startswith("conv") else -1
+    dims = list(range(first, 0)) if z.dim() else []
+    magnitude = wide(z.abs() if z.is_complex() else z)
+    centred = magnitude - magnitude.mean(dims, keepdim=True)
+    # From a norm, which on a CPU takes a twentieth of the time of std.
+    length = torch.linalg.vector_norm(centred, dim=dims, keepdim=True)
+    deviation: Tensor = (length * length / math.prod(z.shape[first:])).sqrt()
+    return deviation
 
 
 def _is_plain_linear(call: Call) -> bool:

@@ -39,7 +39,7 @@ from .finite import refuse_nonfinite
 from .ledger import Ledger
 from .maps import JVP, VJP, LinearMap, Vectors, linear_map, mapped, names_of
 from .memory import in_chunks
-from .rules import Composite, as_composite
+from .rules import Composite, Selector, as_composite
 from .seeding import bundle_of, operands_of, seed_of
 from .targets import Function, Target, as_target, is_several, operand_tensors
 from .traces import Call, Compiled, Trace
@@ -51,7 +51,7 @@ def lrp_compile(
     backend: str = "auto",
     dynamic: bool = True,
     strict: bool = True,
-    latents: tuple[str, ...] = (),
+    latents: tuple[str | Selector, ...] = (),
     inputs: tuple[str, ...] = (),
     chunk: int | None = None,
 ) -> Explainer:
@@ -69,7 +69,8 @@ def lrp_compile(
             a shape.
         strict: refuse nonlinear ops without a rule; False takes a first-order Taylor step and says so in the
             plan.
-        latents: module paths (wildcards allowed) whose outputs' relevance is returned too.
+        latents: where else relevance and coefficients are returned: module paths (a module's output) or names
+            of nodes of ``rule_graph``, with wildcards, or selectors: ``fxlrp.op("attention")``.
         inputs: names of the inputs to explain, as the model's ``forward`` has them; the others count as
             constants. By default float inputs and ids that are looked up are explained, except masks of
             attention, and except ids whose embeddings are only added to those of a larger table (positions,
@@ -82,7 +83,7 @@ def lrp_compile(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"lrp_compile takes a torch.nn.Module, not {type(model).__name__}.")
-    latents = (latents,) if isinstance(latents, str) else tuple(latents)
+    latents = (latents,) if isinstance(latents, (str, Selector)) else tuple(latents)
     inputs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
     if chunk is not None and (type(chunk) is not int or chunk < 1):
         raise InputError(f"chunk is a number of targets, an int of 1 or more, or None; got {chunk!r}.")
@@ -107,7 +108,7 @@ class Explainer:
     backend: str
     dynamic: bool
     strict: bool
-    latents: tuple[str, ...]
+    latents: tuple[str | Selector, ...]
     inputs: tuple[str, ...] = ()
     chunk: int | None = None
     _traces: dict[Any, list[Trace]] = field(default_factory=dict, repr=False)
@@ -183,6 +184,7 @@ class Explainer:
             one_or_many(names, coefficients),
             {name: r for name, (r, _) in zip(program.relevance.latents, latents, strict=True)},
             dict(zip(positions, relevance[len(names) :], strict=True)),
+            {name: c for name, (_, c) in zip(program.relevance.latents, latents, strict=True)},
             lambda: self._run_model(bound),
             lambda: self._account(
                 program, bound, operands, dict(zip((*names, *positions), relevance, strict=True))

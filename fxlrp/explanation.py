@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,10 +33,12 @@ class Explanation:
             ``relevance``, but ``[batch, sequence, hidden]`` for token ids. Relevance by rules for the first
             layer (``Box``, ``Flat``, ``WSquare``) is no such product and not in the coefficients, which
             are 0 where there is no other.
-        latents: relevance by module path, as asked for by ``lrp_compile(latents=…)``.
+        latents: relevance by name, as asked for by ``lrp_compile(latents=…)``; without those that no
+            relevance reaches.
         positions: under the composite ``pa`` relevance of positions, ``[batch, sequence]`` each: of rotary
             tables, ``"cos @ layer"`` and ``"sin @ layer"``, and of position embeddings, by module or
             parameter.
+        latent_coefficients: those of the latents, by the same names.
     """
 
     relevance: Relevance
@@ -43,6 +46,7 @@ class Explanation:
     coefficients: Relevance
     latents: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
     positions: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    latent_coefficients: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
     _output: Callable[[], Any] | None = field(default=None, repr=False)
     _ledger: Callable[[], Ledger] | None = field(default=None, repr=False)
 
@@ -63,6 +67,49 @@ class Explanation:
                 "An explanation made inside torch.compile does not hold its inputs; explain once outside."
             )
         return self._ledger()
+
+    def heads(self, latent: str, count: int | None = None) -> Tensor:
+        """Relevance of each head at a latent, summed over positions and features: ``[batch, heads]``.
+
+        Args:
+            latent: a name in ``latents``: an attention op, ``[batch, heads, positions, features]``, as
+                ``latents=(fxlrp.op("attention"),)`` gives it; or with ``count`` a module's output whose last
+                dimension holds that many heads one behind the other, such as what ``o_proj`` reads.
+            count: of heads.
+
+        Raises:
+            InputError: there is no such latent, or it has no such heads.
+        """
+        relevance, batched = self._latent(latent), self.value.dim()
+        if count is not None:
+            if relevance.shape[-1] % count:
+                raise InputError(f"'{latent}' has size {relevance.shape[-1]}, which is not {count} heads.")
+            relevance = relevance.unflatten(-1, (count, -1)).movedim(-2, batched)
+        elif relevance.dim() - batched != 3:
+            raise InputError(
+                f"'{latent}' has shape {tuple(relevance.shape)}, not [batch, heads, positions, features]: "
+                "take an attention op, latents=(fxlrp.op('attention'),), or say how many heads it holds, "
+                "count=…"
+            )
+        return relevance.flatten(batched + 1).sum(-1)
+
+    def neurons(self, latent: str) -> Tensor:
+        """Relevance of each unit of a latent's last dimension, summed over positions: ``[batch, size]``.
+
+        Raises:
+            InputError: there is no such latent.
+        """
+        relevance, batched = self._latent(latent), self.value.dim()
+        return relevance.flatten(batched, -2).sum(batched) if relevance.dim() > batched + 1 else relevance
+
+    def _latent(self, name: str) -> Tensor:
+        if name not in self.latents:
+            near = difflib.get_close_matches(name, self.latents, 3, cutoff=0.4)
+            raise InputError(
+                f"There is no latent {name!r}; near: {', '.join(near) or 'none'}. It was not asked for, "
+                "lrp_compile(model, latents=(…,)), or no relevance reaches it under this composite."
+            )
+        return self.latents[name]
 
     def position_aware(self) -> Tensor:
         """Relevance of tokens and of their positions in one, ``[batch, sequence]``, at most 1 in magnitude.
@@ -106,6 +153,7 @@ class Explanation:
             one(self.coefficients),
             {name: tensor[:, index] for name, tensor in self.latents.items()},
             {name: tensor[:, index] for name, tensor in self.positions.items()},
+            {name: tensor[:, index] for name, tensor in self.latent_coefficients.items()},
             self._output,
             None if self._ledger is None else lambda: self.ledger.of(index),
         )

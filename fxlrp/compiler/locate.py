@@ -31,15 +31,21 @@ def located(rulebook: Rulebook, sites: Mapping[fx.Node, Site]) -> Rulebook:
         sites: the nodes that carry relevance, in the graph's order.
     """
 
-    def change(selector: Selector) -> Selector:
-        if not isinstance(selector, First):
-            return selector
-        chosen = [node for node, site in sites.items() if selector.inner.matches(site)]
-        if type(selector) is Last:
-            return Nodes(_ends(chosen, reversed(list(sites)), lambda n: n.users))
-        return Nodes(_ends(chosen, sites, lambda n: [x for x in contents(n) if isinstance(x, fx.Node)]))
+    return rulebook.map(functools.partial(_located, sites))
 
-    return rulebook.map(change)
+
+def on_graph(selector: Selector, sites: Mapping[fx.Node, Site]) -> Selector:
+    """A selector with each ``first(…)`` and ``last(…)`` as the nodes that it means among these."""
+    return selector.map(functools.partial(_located, sites))
+
+
+def _located(sites: Mapping[fx.Node, Site], selector: Selector) -> Selector:
+    if not isinstance(selector, First):
+        return selector
+    chosen = [node for node, site in sites.items() if selector.inner.matches(site)]
+    if type(selector) is Last:
+        return Nodes(_ends(chosen, reversed(list(sites)), lambda n: n.users))
+    return Nodes(_ends(chosen, sites, lambda n: [x for x in contents(n) if isinstance(x, fx.Node)]))
 
 
 def idle_entries(

@@ -36,6 +36,7 @@ class Explanation:
         positions: under the composite ``pa`` relevance of positions, ``[batch, sequence]`` each: of rotary
             tables, ``"cos @ layer"`` and ``"sin @ layer"``, and of position embeddings, by module or
             parameter.
+        latent_coefficients: their coefficients.
     """
 
     relevance: Relevance
@@ -45,6 +46,9 @@ class Explanation:
     positions: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
     _output: Callable[[], Any] | None = field(default=None, repr=False)
     _ledger: Callable[[], Ledger] | None = field(default=None, repr=False)
+    latent_coefficients: Mapping[str, Tensor] = field(
+        default_factory=lambda: MappingProxyType({}), repr=False
+    )
 
     @cached_property
     def output(self) -> Any:
@@ -108,6 +112,7 @@ class Explanation:
             {name: tensor[:, index] for name, tensor in self.positions.items()},
             self._output,
             None if self._ledger is None else lambda: self.ledger.of(index),
+            {name: tensor[:, index] for name, tensor in self.latent_coefficients.items()},
         )
 
     def __repr__(self) -> str:

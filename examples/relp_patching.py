@@ -333,7 +333,9 @@ def save_picture(
         axis.plot(ends, ends, color="0.75", linewidth=1, zorder=0)
         for (kind, part), color in zip(parts.items(), ("#7f7f7f", "#1f54c4", "#ca1829"), strict=True):
             of = flat(exact, part), flat(scores, part)
-            axis.scatter(*of, s=8, color=color, alpha=0.6, linewidths=0, label=f"{kind}  {pearson(*of):.3f}")
+            axis.scatter(
+                *of, s=8, color=color, alpha=0.6, linewidths=0, label=f"{kind}, r = {pearson(*of):.2f}"
+            )
         axis.set_title(method, fontsize=10)
         axis.set_xlabel("activation patching", fontsize=9)
         axis.tick_params(labelsize=8)

@@ -19,7 +19,8 @@ from .rules import Composite
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    return 1 / (a.norm(dim=-1) * b.norm(dim=-1))
+    lengths: Tensor = a.norm(dim=-1) * b.norm(dim=-1)
+    return lengths.reciprocal()
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -99,11 +99,11 @@ class References:
             read = json.loads(Path(path).read_text(encoding="utf-8"))
             if read["format"] != _FORMAT:
                 raise KeyError("format")
-            dtypes = {"scores": _DTYPES[read["dtype"]]}
-            tensors = {
-                name: torch.tensor(read[name], dtype=dtypes.get(name, torch.long)) for name in _TENSORS
-            }
-            return References(**{name: read[name] for name in _SCALARS}, **tensors)
+            fields: dict[str, Any] = {name: read[name] for name in _SCALARS}
+            for name in _TENSORS:
+                dtype = _DTYPES[read["dtype"]] if name == "scores" else torch.long
+                fields[name] = torch.tensor(read[name], dtype=dtype)
+            return References(**fields)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} holds no reference samples as this version writes them ({error!r}); compute and "

@@ -112,7 +112,8 @@ class Similarity:
     the rule of a norm (Ali et al. 2022). From the embedding back to the inputs the composite's rules hold.
 
     Call it with each side's inputs, as a tokenizer gives them; one tracing serves both sides, all batch sizes
-    and lengths::
+    and lengths. A call takes a plain forward pass of each side, for the embeddings, and then a forward and a
+    backward pass of each::
 
         similarity = fxlrp.Similarity(encoder)
         explanation = similarity(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,6 +154,8 @@ def test_each_unit_and_each_target_by_itself(case: Any) -> None:
     units, targets = [1, 4, 9], [2, 0]
     found = conditional(explainer, stream, units, **inputs, target=targets, each=True)
     assert found.value.shape == (3, 2, 3)
+    whole = found.explanation
+    torch.testing.assert_close(g(whole.of(1), stream), g(explainer(**inputs, target=0), stream))
     together = conditional(explainer, stream, units, **inputs, target=targets)
     torch.testing.assert_close(together.relevance, found.relevance.sum(2))
     for i, target in enumerate(targets):
@@ -413,6 +416,19 @@ def test_prints_as_a_table(explainer: fxlrp.Explainer, data: Batch) -> None:
     assert first.split()[:2] == [str(best), f"{index}@{position}"]
     assert len(rows) == 10 and rows[-1] == "18 more units"
     assert "28 units" in repr(found) and "3 of 8" in repr(found)
+
+
+def test_the_page_on_concepts_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would break: names and shapes on the page that are no longer so."""
+    page = (Path(__file__).parents[1] / "docs" / "concepts.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec("\n".join(blocks), names)
+    assert names["explanation"].pairs().shape == (2, 6, 9)
+    assert names["relevant"].indices.shape == (64, 3)
+    assert names["each"].relevance.shape == (2, 5, 12)
 
 
 def test_bad_arguments_are_refused(explainer: fxlrp.Explainer, data: Batch) -> None:

@@ -73,9 +73,9 @@ def conditional(
         InputError: the explainer does not know the latent, no relevance reaches it, or it has no such unit.
 
     Source: Achtibat et al. 2023, From attribution maps to human-understandable explanations through Concept
-    Relevance Propagation, eq. 5 and 6, for one condition.
+    Relevance Propagation, with one condition.
     """
-    if latent not in explainer.latents and not explainer.latents:
+    if not explainer.latents:
         raise InputError(f"Name the latent when compiling: lrp_compile(model, latents=({latent!r},)).")
     explanation = explainer(*args, target=target, **kwargs)
     coefficient = latent_of(explanation.latent_coefficients, latent)

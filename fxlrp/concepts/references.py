@@ -174,8 +174,8 @@ def reference_samples(
     Raises:
         InputError: unknown names, no data, k below 1; and as an explainer's call.
 
-    Source: Achtibat et al. 2023 (CRP), section on relevance maximisation; activation maximisation: Nguyen et
-    al. 2016.
+    Source: Achtibat et al. 2023, From attribution maps to human-understandable explanations through Concept
+    Relevance Propagation, on relevance maximisation beside activation maximisation.
     """
     for what, value, known in (("by", by, _BY), ("pool", pool, _POOLS)):
         if value not in known:

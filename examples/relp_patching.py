@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import fxlrp
-from fxlrp.rules import FrozenAttention, Identity, NormRule, Uniform
+from fxlrp.rules import FrozenAttention
 
 T = TypeVar("T")
 
@@ -63,17 +63,11 @@ WORDS = (
 #: Prompts are kept where the difference of the two next tokens' logits changes by this much.
 CLEAR = 2.0
 
-#: LN-rule, identity rule and half rule; attention and all else by the gradient.
-RELP = (
-    (fxlrp.op("norm"), NormRule()),
-    (fxlrp.op("activation"), Identity()),
-    (fxlrp.op("product"), Uniform()),
-)
 METHODS: Mapping[str, str | fxlrp.Composite] = {
     "gradient": "gradient",
-    "relp": fxlrp.Composite(RELP, base="gradient", title="relp"),
+    "relp": "relp",
     "relp, frozen attention": fxlrp.Composite(
-        (*RELP, (fxlrp.op("attention"), FrozenAttention())), base="gradient", title="relp, AH"
+        [(fxlrp.op("attention"), FrozenAttention())], base="relp", title="relp, AH"
     ),
     "attnlrp": "attnlrp",
 }

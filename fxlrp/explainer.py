@@ -273,8 +273,9 @@ class Explainer:
         *,
         forward: bool,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Vectors of the wanted nodes, and values of these and the given ones, by name; only values count where
-        no vectors are given.
+        """Vectors of the wanted nodes, and values of these and the given ones, by name.
+
+        Without vectors the values are what counts.
         """
         starts = names_of(given, "inputs" if forward else "outputs")
         stops = names_of(wanted, "outputs" if forward else "wrt")

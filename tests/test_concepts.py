@@ -235,6 +235,8 @@ def test_bad_conditions_are_refused() -> None:
     for units in (16, -17, [], [0, "1"], True):
         with pytest.raises(fxlrp.InputError, match="units are ints from 0 to 15"):
             conditional(explainer, "model.layers.0.mlp", units, **inputs)  # type: ignore[arg-type]
+    with pytest.raises(fxlrp.InputError, match=r"'pa' explains positions"):
+        conditional(explainer.with_composite("pa"), "model.layers.0.mlp", 0, **inputs)
     for dim in (0, 3, -3):
         with pytest.raises(fxlrp.InputError, match="3 dimensions"):
             conditional(explainer, "model.layers.0.mlp", 0, dim=dim, **inputs)

@@ -70,7 +70,8 @@ def conditional(
         **kwargs: the model's own.
 
     Raises:
-        InputError: the explainer does not know the latent, no relevance reaches it, or it has no such unit.
+        InputError: the explainer does not know the latent, no relevance reaches it, or it has no such unit; the
+            composite explains positions or has rules for the first layer.
 
     Source: Achtibat et al. 2023, From attribution maps to human-understandable explanations through Concept
     Relevance Propagation, with one condition.
@@ -78,6 +79,11 @@ def conditional(
     if not explainer.latents:
         raise InputError(f"Name the latent when compiling: lrp_compile(model, latents=({latent!r},)).")
     explanation = explainer(*args, target=target, **kwargs)
+    if explanation.positions:
+        raise InputError(
+            f"The composite '{explainer.composite.title}' explains positions beside the inputs; conditional "
+            "relevance is for composites that explain inputs alone."
+        )
     coefficient = latent_of(explanation.latent_coefficients, latent)
     several = explanation.value.dim() > 1
     rank = coefficient.dim() - several

@@ -1,5 +1,6 @@
 """fxlrp: compile any Transformer into its layer-wise relevance propagation."""
 
+from . import concepts
 from .errors import (
     CaptureError,
     CompositeError,
@@ -17,6 +18,7 @@ from .explanation import Explanation
 from .ledger import Ledger
 from .maps import JVP, VJP
 from .rules import PRESETS, Composite, first, last, module_type, name, op, register_rule
+from .similarity import Similarity, SimilarityExplanation
 from .targets import Function, Logit, LogitDifference, LogProb, Predicted, Span, Target, TopK
 
 #: The names that ``composite=`` takes.
@@ -43,6 +45,8 @@ __all__ = [
     "NoPathError",
     "NonFiniteError",
     "Predicted",
+    "Similarity",
+    "SimilarityExplanation",
     "Span",
     "StochasticModelError",
     "Target",
@@ -50,6 +54,7 @@ __all__ = [
     "TopK",
     "UncoveredOpError",
     "composites",
+    "concepts",
     "first",
     "last",
     "lrp_compile",

@@ -251,17 +251,33 @@ class Explainer:
         """
         return JVP(*self._mapped(inputs, tangents, outputs, args, kwargs, forward=True))
 
+    def values(self, names: str | Sequence[str], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Values of nodes, by one forward pass up to them; no rule is asked for.
+
+        Args:
+            names: which, named as for :meth:`vjp`; paths may have wildcards.
+            *args: the model's own.
+            **kwargs: the model's own.
+
+        Raises:
+            InputError: a name is unknown; and as for a call.
+        """
+        return self._mapped(names, None, names, args, kwargs, forward=False)[1]
+
     def _mapped(
         self,
         given: str | Sequence[str],
-        vectors: Vectors,
+        vectors: Vectors | None,
         wanted: str | Sequence[str],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
         forward: bool,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Vectors of the wanted nodes, and values of these and the given ones, by name."""
+        """Vectors of the wanted nodes, and values of these and the given ones, by name.
+
+        Without vectors the values are what counts.
+        """
         starts = names_of(given, "inputs" if forward else "outputs")
         stops = names_of(wanted, "outputs" if forward else "wrt")
         with torch.inference_mode(False):
@@ -271,14 +287,14 @@ class Explainer:
             trace = self._trace(bound)
 
             def built(count: int | None) -> LinearMap:
-                key = (trace, forward, starts, stops, count)
+                key = (trace, forward, starts, stops, count, vectors is None)
                 if key not in self._maps:
                     trace.admitted.clear()  # what is built may rely on further conditions on the sizes
                     _keep_last(self._maps, _KEPT_TRACES - 1, lambda k: True)
                     with collection_paused(), plain_region():
                         self._maps[key] = linear_map(
                             trace,
-                            self.composite,
+                            self.composite if vectors is not None else as_composite("gradient"),
                             starts,
                             stops,
                             lambda graph: lower(graph, self.backend, bound.tensors[0].device),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from .compiler.between import Stretch, pull, push, stretch
@@ -130,7 +131,7 @@ def names_of(names: str | Sequence[str], what: str) -> tuple[str, ...]:
 def mapped(
     trace: Trace,
     bound: Bound,
-    vectors: Vectors,
+    vectors: Vectors | None,
     built: Callable[[int | None], LinearMap],
     key: tuple[bool, tuple[str, ...], tuple[str, ...]],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -173,13 +174,20 @@ def _for_any_number(trace: Trace, built: Callable[[int | None], LinearMap], key:
 
 
 def _checked(
-    vectors: Vectors, given: Mapping[str, fx.Node], trace: Trace, bound: Bound, what: str
+    vectors: Vectors | None, given: Mapping[str, fx.Node], trace: Trace, bound: Bound, what: str
 ) -> tuple[Tensor, ...]:
     """The vectors of each node, checked: ``[K, *shape]`` each, of the node's dtype and device.
+
+    None stands for zeros.
 
     Raises:
         InputError: too few or many, or of another shape.
     """
+    if vectors is None:
+        vectors = [
+            torch.zeros(1, *trace.shapes.evaluate(value(node).shape, bound.tensors))
+            for node in given.values()
+        ]
     found = (vectors,) if isinstance(vectors, Tensor) else tuple(vectors)
     if len(found) != len(given):
         raise InputError(

@@ -26,7 +26,27 @@ def explain(
 
     ``target`` is a LongTensor [B] of classes, None the predicted ones.
     """
-    comp, config, bert = COMPOSITES[composite], model.config, model.bert
+    comp = COMPOSITES[composite]
+    embedding, x = encode(model.bert, input_ids, attention_mask, token_type_ids, position_ids, composite)
+    pooler = model.bert.pooler.dense
+    pooled = gxi.activation("tanh", gxi.linear(x[:, 0], pooler.weight, pooler.bias), comp)
+    logits = gxi.linear(pooled, model.classifier.weight, model.classifier.bias)
+
+    value = gxi.pick(logits, target)
+    (grad,) = gxi.gradient(value, [embedding])
+    return Explained(gxi.token_relevance(embedding, grad), value.detach(), logits.detach())
+
+
+def encode(
+    bert: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    composite: str = "attnlrp",
+) -> tuple[Tensor, Tensor]:
+    """Word embeddings, which are what is active, and the last hidden state as their hand-patched function."""
+    comp, config = COMPOSITES[composite], bert.config
     batch, length = input_ids.shape
     head_dim = config.hidden_size // config.num_attention_heads
     mask = gxi.key_mask(attention_mask, batch, length)
@@ -51,9 +71,4 @@ def explain(
         x = norm(project(context, output.dense) + x, output.LayerNorm)
         h = gxi.activation(config.hidden_act, project(x, layer.intermediate.dense), comp)
         x = norm(project(h, layer.output.dense) + x, layer.output.LayerNorm)
-    pooled = gxi.activation("tanh", project(x[:, 0], bert.pooler.dense), comp)
-    logits = project(pooled, model.classifier)
-
-    value = gxi.pick(logits, target)
-    (grad,) = gxi.gradient(value, [embedding])
-    return Explained(gxi.token_relevance(embedding, grad), value.detach(), logits.detach())
+    return embedding, x

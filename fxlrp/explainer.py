@@ -29,6 +29,7 @@ from .compiler.inputs import (
 from .compiler.latents import find
 from .compiler.ledger import account
 from .compiler.lower import lower
+from .compiler.parameters import named
 from .compiler.pipeline import Program, build
 from .compiler.plan import Plan
 from .compiler.template import is_symbol
@@ -54,6 +55,7 @@ def lrp_compile(
     latents: tuple[str | Selector, ...] = (),
     inputs: tuple[str, ...] = (),
     chunk: int | None = None,
+    parameters: tuple[str, ...] = (),
 ) -> Explainer:
     """Compile a model into its layer-wise relevance propagation.
 
@@ -77,6 +79,8 @@ def lrp_compile(
             token types).
         chunk: how many of several targets are explained in one pass at most; None for all. Where memory runs
             out, as many as fit are.
+        parameters: names of parameters whose relevance ``w * G_w`` is returned too, as
+            ``model.named_parameters()`` has them, with wildcards.
 
     Returns:
         An explainer to call as the model itself, with ``target=`` on top.
@@ -87,7 +91,10 @@ def lrp_compile(
     inputs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
     if chunk is not None and (type(chunk) is not int or chunk < 1):
         raise InputError(f"chunk is a number of targets, an int of 1 or more, or None; got {chunk!r}.")
-    return Explainer(model, as_composite(composite), backend, dynamic, strict, latents, inputs, chunk)
+    parameters = (parameters,) if isinstance(parameters, str) else tuple(parameters)
+    return Explainer(
+        model, as_composite(composite), backend, dynamic, strict, latents, inputs, chunk, parameters
+    )
 
 
 #: Programs of target functions that are kept; a function made anew for each call would fill the memory.
@@ -111,6 +118,7 @@ class Explainer:
     latents: tuple[str | Selector, ...]
     inputs: tuple[str, ...] = ()
     chunk: int | None = None
+    parameters: tuple[str, ...] = ()
     _traces: dict[Any, list[Trace]] = field(default_factory=dict, repr=False)
     _programs: dict[Any, Compiled] = field(default_factory=dict, repr=False)
     _maps: dict[Any, LinearMap] = field(default_factory=dict, repr=False)
@@ -152,12 +160,14 @@ class Explainer:
         refuse_empty(bound)
         refuse_unknown(bound, self.inputs)
         trace = self._trace(bound)
+        if self.parameters and is_several(wanted):
+            raise InputError("Relevance of parameters is for one target a call; explain one after the other.")
         several = bundle_of(trace, bound, wanted) if is_several(wanted) else None
         if several is None:
             operands = operands_of(trace, bound, wanted)
             compiled = self._program(trace, bound, wanted)
             self._remember(compiled, bound, args, kwargs, wanted.key)
-            relevance, scalar, coefficients, latents = compiled.runner(*bound.tensors, *operands)
+            relevance, scalar, coefficients, latents, *weights = compiled.runner(*bound.tensors, *operands)
         else:
 
             def run(start: int, stop: int) -> Any:
@@ -167,7 +177,7 @@ class Explainer:
                 return compiled.runner(*bound.tensors, *part.operands)
 
             operands = several.operands
-            relevance, scalar, coefficients, latents = in_chunks(run, several.count, self.chunk)
+            relevance, scalar, coefficients, latents, *weights = in_chunks(run, several.count, self.chunk)
             compiled = self._program(trace, bound, several)
         program = compiled.program
         if not any(t.dim() > 0 and t.shape[0] == scalar.shape[0] for t in bound.tensors):
@@ -185,6 +195,7 @@ class Explainer:
             {name: r for name, (r, _) in zip(program.relevance.latents, latents, strict=True)},
             dict(zip(positions, relevance[len(names) :], strict=True)),
             {name: c for name, (_, c) in zip(program.relevance.latents, latents, strict=True)},
+            dict(zip(program.relevance.parameters, *weights, strict=True)) if weights else {},
             lambda: self._run_model(bound),
             lambda: self._account(
                 program, bound, operands, dict(zip((*names, *positions), relevance, strict=True))
@@ -460,6 +471,7 @@ class Explainer:
                     strict=self.strict,
                     inputs=self._explained,
                     latents=latents,
+                    parameters=named(trace.canonical.graph.graph, self.model, self.parameters),
                     notes=notes,
                 )
             for line in program.plan.idle:
@@ -536,7 +548,7 @@ class Explainer:
             raise TargetError(
                 "Explain once outside of torch.compile with the same kind of target, so that it is traced."
             )
-        relevance, scalar, coefficients, _ = program.relevance.graph(*tensors, *operands)
+        relevance, scalar, coefficients, *_ = program.relevance.graph(*tensors, *operands)
         names = program.relevance.names
         positions = dict(zip(program.relevance.positions, relevance[len(names) :], strict=True))
         return Explanation(

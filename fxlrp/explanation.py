@@ -39,6 +39,8 @@ class Explanation:
             tables, ``"cos @ layer"`` and ``"sin @ layer"``, and of position embeddings, by module or
             parameter.
         latent_coefficients: those of the latents, by the same names.
+        parameters: relevance of parameters by name, as asked for by ``lrp_compile(parameters=…)``, in their
+            shapes and summed over the batch; without those that no relevance reaches.
     """
 
     relevance: Relevance
@@ -47,6 +49,7 @@ class Explanation:
     latents: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
     positions: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
     latent_coefficients: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    parameters: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
     _output: Callable[[], Any] | None = field(default=None, repr=False)
     _ledger: Callable[[], Ledger] | None = field(default=None, repr=False)
 
@@ -154,6 +157,7 @@ class Explanation:
             {name: tensor[:, index] for name, tensor in self.latents.items()},
             {name: tensor[:, index] for name, tensor in self.positions.items()},
             {name: tensor[:, index] for name, tensor in self.latent_coefficients.items()},
+            {},
             self._output,
             None if self._ledger is None else lambda: self.ledger.of(index),
         )

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from oracles.papers import Tables, TinyLlama, TinyMamba, Treatment, fixed, half, rotary
 from torch import Tensor, fx
 
 import fxlrp
 from fxlrp.compiler.graphs import leaves, outputs
 from fxlrp.compiler.rewrite import is_rule
-from tests.oracles.papers import Tables, TinyLlama, TinyMamba, Treatment, fixed, half, rotary
 
 #: FIELD's matrix of presets: what each paper does to the steps of a Llama.
 LLAMA = {

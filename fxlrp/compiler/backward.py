@@ -168,17 +168,24 @@ class Backward:
     def carry(self, node: fx.Node) -> None:
         """Hand relevance itself on to a node's operands."""
         step_op = RuleOp(rule_op(node).op, Carry(), rule_op(node).active)
+        for operand, relevance in self.handed_on(node, step_op, self.carried[node]).items():
+            self.accumulate(operand, relevance, self.carried)
+
+    def handed_on(self, node: fx.Node, step_op: RuleOp, arrived: Any) -> dict[fx.Node, Any]:
+        """What another rule than the node's own gives its operands of what arrived at it."""
         template, operands, outs = self._template(node, step_op)
-        seeds = self._cotangent_leaves(node, self.carried[node])
+        seeds = self._cotangent_leaves(node, arrived)
         seeds = [self._aten(torch.ops.aten.contiguous.default, g) for g in seeds]
         wanted = [outs + i for i in range(len(step_op.active))]
         known: dict[fx.Node, Any] = {}
         results = template.inline(self.graph, [*self._operands(operands), *seeds], wanted, known)
         self._mark(known.values(), node, "relevance of ")
         flat, _ = tree(node)
-        for position, relevance in zip(step_op.active, results, strict=True):
-            if relevance is not None:
-                self.accumulate(flat[position], relevance, self.carried)
+        found: dict[fx.Node, Any] = {}
+        for position, made in zip(step_op.active, results, strict=True):
+            if made is not None:
+                found[flat[position]] = self._sum(found.get(flat[position]), made)
+        return found
 
     def _cotangent_leaves(self, node: fx.Node, cotangent: Any) -> list[Any]:
         """The coefficients of a node's floating point outputs; zeros where none arrived at one of several."""

@@ -64,6 +64,7 @@ def build(
     strict: bool,
     inputs: Collection[str] = (),
     latents: Mapping[str, str] | None = None,
+    parameters: Mapping[str, str] | None = None,
     notes: tuple[str, ...] = (),
 ) -> Program:
     """From a canonical graph to its relevance graph."""
@@ -90,7 +91,14 @@ def build(
     rule_graph = verify_rules(rewrite(graph, plan), plan)
     nodes = {node.name: node for node in rule_graph.graph.nodes}
     moved = [s.moved(nodes) for s in plan.sources]
-    relevance = transpose(rule_graph, moved, seed, latents=dict(latents or {}), templates=canonical.templates)
+    relevance = transpose(
+        rule_graph,
+        moved,
+        seed,
+        latents=dict(latents or {}),
+        templates=canonical.templates,
+        parameters=dict(parameters or {}),
+    )
     verify_relevance(relevance.graph)
     plan = Plan(plan.rows, tuple(moved), (*notes, *canonical.misses), plan.idle)
     return Program(plan, rule_graph, relevance, seed)

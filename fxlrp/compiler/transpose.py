@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from .backward import Backward
 from .cleanup import clean
 from .graphs import fake_mode, outputs, value
 from .ids import route
+from .parameters import dependents, positions, relevance_of, weight_rule
 from .positions import PositionLeaf, per_position
-from .rewrite import is_rule
+from .rewrite import RuleOp, is_rule, rule_op
 from .seed import Seed
 from .template import Templates
 
@@ -30,13 +31,14 @@ class Relevance:
     The graph returns ``(relevance, value, coefficients, latents)``: relevance as a tuple in the order of
     ``names`` and then of ``positions``, the explained scalars ``[batch]``, coefficients in the order of
     ``names``, and pairs of relevance and coefficient in the order of ``latents``. Of several targets each of
-    these has K behind the batch.
+    these has K behind the batch. Where parameters are asked for, their relevance is a fifth element.
     """
 
     graph: fx.GraphModule
     names: tuple[str, ...]
     latents: tuple[str, ...]
     positions: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
 
 
 def transpose(
@@ -46,6 +48,7 @@ def transpose(
     *,
     latents: dict[str, str] | None = None,
     templates: Templates | None = None,
+    parameters: dict[str, str] | None = None,
 ) -> Relevance:
     """Differentiate the rule graph into its relevance graph.
 
@@ -55,6 +58,7 @@ def transpose(
         seed: the explained scalar as a function of the graph's outputs.
         latents: names to report by, and the nodes whose relevance is returned too.
         templates: of rule nodes, where other runs on the same captured graph have traced some.
+        parameters: names of parameters whose relevance is returned too, and what the graph calls them.
     """
     own = Templates(fake_mode(module.graph))
     return _Transposition(
@@ -65,6 +69,7 @@ def transpose(
         seed=seed,
         latents=dict(latents or {}),
         templates=own,
+        parameters=dict(parameters or {}),
     ).run()
 
 
@@ -76,6 +81,8 @@ class _Transposition(Backward):
     seed: Seed
     latents: dict[str, str]
     templates: Templates
+    parameters: dict[str, str]
+    weighed: dict[fx.Node, Any] = field(default_factory=dict)
 
     def run(self) -> Relevance:
         nodes = [n for n in self.module.graph.nodes if n.op != "output"]
@@ -86,9 +93,12 @@ class _Transposition(Backward):
             self.accumulate(node, coefficient)
         kept: dict[fx.Node, Any] = {}
         wanted = {s.node for s in self.sources} | {n for n in nodes if n.name in self.latents.values()}
+        data = {s.node for s in self.sources}
+        weights = dependents(self.module.graph, self.parameters, data) if self.parameters else set()
         for node in reversed(nodes):
             if node in wanted and node in self.cotangents:
                 kept[node] = self.cotangents[node]
+            self._weigh(node, weights)
             if node in self.cotangents and is_rule(node):
                 self.pull(node)
             if node in self.carried and is_rule(node):
@@ -102,15 +112,33 @@ class _Transposition(Backward):
         )
         labels = {s.name for s in self.sources if isinstance(s, PositionLeaf)}
         inputs = tuple(name for name in by_input if name not in labels)
-        positions = tuple(name for name in by_input if name in labels)
+        located = tuple(name for name in by_input if name in labels)
         ends = {name: self._last(*pair) for name, pair in by_input.items()}
-        relevance = tuple(ends[name][0] for name in (*inputs, *positions))
-        self.graph.output((relevance, scalar, tuple(ends[name][1] for name in inputs), latents))
+        relevance = tuple(ends[name][0] for name in (*inputs, *located))
+        ways = (relevance, scalar, tuple(ends[name][1] for name in inputs), latents)
+        reached = {
+            name: self._call("parameter", relevance_of, node, self.weighed[node])
+            for name, at in self.parameters.items()
+            for node in nodes
+            if node.op == "get_attr" and str(node.target) == at and node in self.weighed
+        }
+        self.graph.output((*ways, tuple(reached.values())) if self.parameters else ways)
         graph = clean(self.module, self.graph, self.constants)
         found = tuple(
             n for n, at in self.latents.items() if by_name[at] in kept or by_name[at] in self.carried
         )
-        return Relevance(graph, inputs, found, positions)
+        return Relevance(graph, inputs, found, located, tuple(reached))
+
+    def _weigh(self, node: fx.Node, weights: set[fx.Node]) -> None:
+        """Hand a node's coefficient on to what it is made of parameters."""
+        arrived = [x for x in (self.cotangents.get(node), self.weighed.get(node)) if x is not None]
+        places = positions(node, weights) if arrived and node.op == "call_function" else ()
+        if not places or isinstance(arrived[0], dict):
+            return
+        op: Any = rule_op(node).op if is_rule(node) else node.target
+        found = self.handed_on(node, RuleOp(op, weight_rule(node), places), arrived[0])
+        for place, coefficient in found.items():
+            self.accumulate(place, coefficient, self.weighed)
 
     # -- ends ------------------------------------------------------------------------------------------------
 

@@ -64,7 +64,7 @@ def test_uncovered_nonlinear_op() -> None:
         (-(10**6), "out of range"),
         (torch.tensor([1, 10**6]), "out of range"),
         (torch.tensor([1, 2, 3]), r"shape \(3,\)"),
-        (torch.tensor([[1], [2]]), r"shape \(2, 1\)"),
+        (torch.tensor([[1], [2], [3]]), r"shape \(3, 1\)"),
         (torch.tensor([0.5, 1.0]), "LongTensor"),
         (True, "LongTensor"),
         ("cat", "target"),

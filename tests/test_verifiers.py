@@ -357,7 +357,9 @@ def test_every_preset_has_a_rule_for_every_kind() -> None:
 
 def test_errors_of_composites() -> None:
     """A name that does not exist is told with those that do; an entry that is none is shown."""
-    with pytest.raises(fxlrp.CompositeError, match=r"There is no op kind 'lineer'\. Kinds: linear, conv, add"):
+    with pytest.raises(
+        fxlrp.CompositeError, match=r"There is no op kind 'lineer'\. Kinds: linear, conv, add"
+    ):
         fxlrp.op("lineer")
     with pytest.raises(fxlrp.CompositeError, match=r"There is no composite 'lrp'\. Presets: attnlrp, cp"):
         fxlrp.lrp_compile(Block(), composite="lrp")

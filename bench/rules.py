@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -196,7 +197,7 @@ def verdict(row: dict[str, dict[str, float]]) -> list[str]:
         for name in ("Gamma(0.25)", "AlphaBeta(2, 1)", "ZPlus()")
     ]
     if "zennit: Gamma(0.25)" in row:
-        faster = row["zennit: Gamma(0.25)"]["seconds"] / row["Gamma(0.25)"]["seconds"]
+        faster = row["zennit: Gamma(0.25)"]["ratio"] / row["Gamma(0.25)"]["ratio"]
         lines.append(
             f"Gamma(0.25): {faster:.1f} x as fast as zennit's, at least {LIMIT_ZENNIT}: "
             f"{'holds' if faster >= LIMIT_ZENNIT else 'DOES NOT HOLD'}"
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="write JSON here instead of under bench/results")
     options = parser.parse_args()
+    load = os.getloadavg()[0]
     results = (end_to_end if options.vit else by_layer)(options.rounds, options.device)
     is_gpu = options.device != "cpu"
     versions = {
@@ -222,6 +224,7 @@ def main() -> None:
         "fxlrp": fxlrp.__version__,
         "device": torch.cuda.get_device_name() if is_gpu else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "load": round(load, 1),  # of the machine beforehand: ratios of a busy one scatter
     }
     print(table(results))
     print(", ".join(f"{k} {v}" for k, v in versions.items()))

@@ -41,6 +41,8 @@ FIRST_LAYER: dict[str, Rule] = {"Box(-3, 3)": Box(-3, 3), "Flat()": Flat(), "WSq
 #: The most that a rule by sign may cost over Epsilon() end to end, and the least that zennit may cost over
 #: Gamma.
 LIMIT, LIMIT_ZENNIT = 2.2, 3.0
+#: Relevance at the output of every block too, and the most that it may cost.
+LATENTS, LIMIT_LATENTS = "Epsilon(), latents of all blocks", 1.1
 
 
 def layers() -> dict[str, Callable[[], tuple[nn.Module, Tensor]]]:
@@ -163,11 +165,23 @@ def zennit_gamma(model: nn.Module, x: Tensor) -> Callable[[], Any] | None:
     return run
 
 
+def blocks(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the layers that a model holds in lists."""
+    lists = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return tuple(
+        name
+        for name, _ in model.named_modules()
+        if any(name.startswith(at) and name.removeprefix(at).isdigit() for at in lists)
+    )
+
+
 def end_to_end(rounds: int, device: str) -> dict[str, dict[str, dict[str, float]]]:
     """Every rule on the whole model, and Gamma by zennit."""
     model, x = vit()
     model, x = model.to(device), x.to(device)
     run = explainers(model, {"pixel_values": x}, RULES, 0)
+    watched = fxlrp.lrp_compile(model, composite(Epsilon()), backend="eager", latents=blocks(model))
+    run[LATENTS] = lambda: watched(pixel_values=x, target=0)
     peer = zennit_gamma(model, x)
     if peer is None:
         print("zennit cannot be imported: left out", file=sys.stderr)
@@ -191,10 +205,11 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 def verdict(row: dict[str, dict[str, float]]) -> list[str]:
     """Which limits hold end to end."""
+    limits = dict.fromkeys(("Gamma(0.25)", "AlphaBeta(2, 1)", "ZPlus()"), LIMIT) | {LATENTS: LIMIT_LATENTS}
     lines = [
-        f"{name}: {row[name]['ratio']:.2f} x {BASELINE}, limit {LIMIT}: "
-        f"{'holds' if row[name]['ratio'] <= LIMIT else 'DOES NOT HOLD'}"
-        for name in ("Gamma(0.25)", "AlphaBeta(2, 1)", "ZPlus()")
+        f"{name}: {row[name]['ratio']:.2f} x {BASELINE}, limit {limit}: "
+        f"{'holds' if row[name]['ratio'] <= limit else 'DOES NOT HOLD'}"
+        for name, limit in limits.items()
     ]
     if "zennit: Gamma(0.25)" in row:
         faster = row["zennit: Gamma(0.25)"]["ratio"] / row["Gamma(0.25)"]["ratio"]

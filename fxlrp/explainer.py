@@ -64,7 +64,7 @@ def lrp_compile(
 
     Args:
         model: any module that maps tensors to tensors.
-        composite: ``"attnlrp"``, ``"cp"``, ``"ali"``, ``"gradient"``, or a :class:`fxlrp.Composite`.
+        composite: a preset's name (``fxlrp.composites``) or a :class:`fxlrp.Composite`.
         backend: ``"eager"``, ``"inductor"``, or ``"auto"``: inductor where there is a GPU, eager else (on a
             CPU, compiling takes longer than many explanations do).
         dynamic: trace once for all batch sizes and lengths; where that does not generalise, or on False, once

@@ -70,8 +70,8 @@ def conditional(
         **kwargs: the model's own.
 
     Raises:
-        InputError: the explainer does not know the latent, no relevance reaches it, or it has no such unit; the
-            composite explains positions or has rules for the first layer.
+        InputError: the explainer does not know the latent, no relevance reaches it, or it has no such unit;
+            the composite explains positions or has rules for the first layer.
 
     Source: Achtibat et al. 2023, From attribution maps to human-understandable explanations through Concept
     Relevance Propagation, with one condition.

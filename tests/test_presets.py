@@ -53,10 +53,14 @@ def test_presets_equal_their_papers_on_a_llama(title: str) -> None:
     assert found.ledger.residual < 1e-12
 
 
-@pytest.mark.parametrize("length", [2, 5])
-def test_mamba_equals_its_paper(length: int) -> None:
-    """MambaLRP: the scan linear in its input, SiLU by the identity rule, the gate by halves."""
+@pytest.mark.parametrize(("length", "order"), [(2, "(db)u"), (5, "(db)u"), (3, "d(bu)"), (3, "(du)b")])
+def test_mamba_equals_its_paper(length: int, order: str) -> None:
+    """MambaLRP: the scan linear in its input, SiLU by the identity rule, the gate by halves; however the
+    product of step size, B and input is grouped.
+    """
     model, ids = model_of(TinyMamba), ids_of(length=length)
+    for block in model.blocks:
+        block.order = order
     x = model.embed(ids).detach().requires_grad_()
     (expected,) = relevance_of(
         model.run(x, Treatment(slope=fixed, gated=half, factor=fixed, scan=fixed)), [x]
@@ -80,6 +84,8 @@ def test_no_scan_no_fixing() -> None:
     """On a model without scans the preset is attnlrp: nothing else is taken for one."""
     model, ids = model_of(TinyLlama), ids_of()
     explainer = fxlrp.lrp_compile(model, "mamba")
+    with pytest.warns(fxlrp.CompositeWarning, match="no selective scan was found"):
+        explainer(ids)
     torch.testing.assert_close(explainer(ids).relevance, explainer.with_composite("attnlrp")(ids).relevance)
 
 
@@ -227,6 +233,26 @@ def test_frozen_composites_are_linear(title: str, linear: bool) -> None:
     torch.testing.assert_close(at.mul(model.embed(ids)).sum(-1), explainer(ids, target=3).relevance)
     off = [coefficients_off_the_point(explainer, ids, step) for step in (0.5, 50.0)]
     assert all(torch.equal(at, other) for other in off) == linear
+
+
+def test_attribution_graphs_skip_only_what_there_is_a_way_round() -> None:
+    """A pooler's tanh lies on every way: frozen, it would leave nothing to explain."""
+    from torch import nn
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double().eval()
+    found = fxlrp.lrp_compile(model, "attribution-graph")(torch.randn(2, 4).double())
+    assert bool(found.relevance.any()) and found.ledger.residual < 1e-12
+
+
+def test_vjp_of_position_aware_rules_is_that_of_the_call() -> None:
+    """The share of the rotary tables is taken from queries and keys there too."""
+    model, ids = model_of(TinyLlama), ids_of(1)
+    explainer = fxlrp.lrp_compile(model, "pa")
+    start = torch.zeros(1, 1, ids.shape[1], 23, dtype=torch.float64)
+    start[..., -1, 3] = 1
+    ways = explainer.vjp("output", start, ids, wrt="ids")
+    torch.testing.assert_close(ways["ids"][0], explainer(ids, target=3).coefficients)
 
 
 def test_attribution_graphs_leave_constants_only() -> None:

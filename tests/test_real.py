@@ -37,7 +37,7 @@ def encoder() -> tuple[Any, Any]:
 
 
 def test_a_trained_language_model_on_a_story(stories: tuple[Any, Any]) -> None:
-    """Every composite equals the hand-patched oracle; without biases ``cp`` conserves everything."""
+    """The composites equal the hand-patched oracle; without biases ``cp`` conserves everything."""
     model, tokenizer = stories
     inputs = tokenizer(
         "Once upon a time, there was a little girl named Lily. She loved to play with her",
@@ -45,7 +45,7 @@ def test_a_trained_language_model_on_a_story(stories: tuple[Any, Any]) -> None:
     )
     inputs = {"input_ids": inputs["input_ids"], "attention_mask": torch.ones_like(inputs["input_ids"])}
     explainer = fxlrp.lrp_compile(model)
-    for composite in fxlrp.composites:
+    for composite in ("attnlrp", "cp", "ali", "gradient"):  # those that the oracle has
         explanation = explainer.with_composite(composite)(**inputs)
         expected = llama.explain(model, inputs["input_ids"], inputs["attention_mask"], composite=composite)
         scale = float(expected.relevance.abs().max())

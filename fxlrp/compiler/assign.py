@@ -7,6 +7,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import networkx as nx
 from torch import fx
 
 from ..errors import NoPathError, UncoveredOpError, place
@@ -26,7 +27,8 @@ from ..rules import (
 from ..rules.activation import op_name
 from ..rules.composites import Choice, Rulebook
 from ..rules.registry import qualified_name
-from .activity import Source, carries, reachable
+from ..rules.selectors import Nodes
+from .activity import Source, carries, float_edges, reachable
 from .fit import refuse_later_layers, refuse_misfit
 from .graphs import contents, is_float, is_op, leaves, without_casts
 from .locate import idle_entries, located, site_of
@@ -64,11 +66,10 @@ def assign(
     sites = {n: site_of(n, _kind(n, leaves(n), _active(n, reached), reached)) for n in steps}
     rulebook = located(composite.rulebook(), sites)
     fixed = scan_parameters(module.graph, reached) if rulebook.preset.freezes_scans else {}
-    frozen = {
-        node: row
-        for node in steps
-        if (row := _assignment(node, reached, rulebook, fixed, strict=False)).rule.freezes
-    }
+    frozen = _frozen(steps, reached, rulebook, fixed)
+    if rulebook.preset.freezes_gated:
+        rulebook = _with_ways(module, starts, targets, frozen, rulebook, len(composite.entries))
+        frozen = _frozen(steps, reached, rulebook, fixed)
     active = reachable(module, starts, frozen)
     carrying = {t for t in targets if t in active}
     rows: dict[fx.Node, Assignment] = {}
@@ -98,7 +99,44 @@ def assign(
     ordered = {n: rows[n] for n in module.graph.nodes if n in rows}
     given = {row.entry for row in (*frozen.values(), *rows.values())}
     idle = idle_entries(rulebook, len(composite.entries), given, sites.values())
+    if rulebook.preset.freezes_scans and not fixed:
+        idle += (f"{composite.title}: no selective scan was found whose B and C could be held fixed",)
     return Plan(tuple(ordered.values()), kept, idle=idle)
+
+
+def _frozen(
+    steps: Sequence[fx.Node],
+    reached: set[fx.Node],
+    rulebook: Rulebook,
+    fixed: Mapping[fx.Node, frozenset[int]],
+) -> dict[fx.Node, Assignment]:
+    rows = {node: _assignment(node, reached, rulebook, fixed, strict=False) for node in steps}
+    return {node: row for node, row in rows.items() if row.rule.freezes}
+
+
+def _with_ways(
+    module: fx.GraphModule,
+    starts: set[fx.Node],
+    targets: Sequence[fx.Node],
+    frozen: Mapping[fx.Node, Assignment],
+    rulebook: Rulebook,
+    own: int,
+) -> Rulebook:
+    """Rules for activations that every way to the target leads through (poolers, soft caps of logits): to
+    freeze them would leave nothing; only what a residual connection goes round is skipped.
+    """
+    edges = float_edges(module.graph)
+    names = set()
+    for node, row in frozen.items():
+        if row.entry is None and row.kind in ("activation", "product"):
+            there = edges.subgraph(set(edges) - {node})
+            ends = [t for t in targets if t in there]
+            round_it = set().union(*(nx.descendants(there, s) | {s} for s in starts if s in there))
+            if round_it.isdisjoint(ends):
+                names.add(node.name)
+    reason = f"{rulebook.preset.title}: no way round"
+    ways = [(Nodes(frozenset(names)), rule, reason) for rule in (Identity(), Gradient())]
+    return dataclasses.replace(rulebook, entries=(*rulebook.entries[:own], *ways, *rulebook.entries[own:]))
 
 
 def _active(node: fx.Node, active: set[fx.Node]) -> tuple[int, ...]:
@@ -173,12 +211,13 @@ def _product(
     active: set[fx.Node],
 ) -> Assignment:
     """Products and matrix products: gates taken out where they are frozen, shares by number of factors."""
-    if rulebook.preset.freezes_gated and kind == "product":
+    by_preset = choice.entry is None
+    if by_preset and rulebook.preset.freezes_gated and kind == "product":
         gates = tuple(i for i in positions if _is_gate(operands[i], active, _ACTIVATIONS))
         if gates:
             reason = f"{rulebook.preset.title}: gated by an activation"
             return _row(node, kind, positions, Choice(Freeze(), reason))
-    if rulebook.preset.freezes_gates and kind == "product":
+    if by_preset and rulebook.preset.freezes_gates and kind == "product":
         gates = tuple(i for i in positions if _is_gate(operands[i], active))
         if gates and len(gates) < len(positions):
             positions = tuple(i for i in positions if i not in gates)

@@ -19,9 +19,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError
-from ..rules import Composite
+from ..rules import Composite, preset
 from ..rules.base import Call, linearized_many
-from .activity import Source, explained, input_name, reachable
+from .activity import Source, explained, reachable
 from .assign import assign
 from .backward import Backward, is_float_tensor, rule_key, sizes_kept, zeros_of_many
 from .canonicalize import Canonical
@@ -30,6 +30,7 @@ from .demand import only_outputs
 from .graphs import arg, is_float, outputs, tree, value
 from .latents import module_outputs
 from .plan import Plan
+from .positions import with_position_leaves
 from .rewrite import is_rule, rewrite, rule_op
 from .verify import verify_relevance, verify_rules
 
@@ -82,6 +83,10 @@ def stretch(
     graph = only_outputs(canonical.graph, read)
     ends = [node for node in outputs(graph.graph) if is_float(node)]
     sources = explained(graph, ends, inputs)
+    if preset(composite.base).positional:
+        graph, leaves = with_position_leaves(graph, sources)
+        ends = [node for node in outputs(graph.graph) if is_float(node)]
+        sources = (*explained(graph, ends, inputs), *leaves)
     known = _known(graph, sources, None if logits is None else outputs(graph.graph)[logits])
     starts, stops = _found(graph, known, given), _found(graph, known, wanted)
     active = reachable(graph, [s.node for s in sources])
@@ -281,7 +286,7 @@ def _known(graph: fx.GraphModule, sources: Sequence[Source], logits: fx.Node | N
         for n in graph.graph.nodes
         if n.op in ("placeholder", "call_function") and is_float(n) and isinstance(value(n), Tensor)
     }
-    known |= {input_name(s.input): s.node.name for s in reversed(sources)}
+    known |= {s.name: s.node.name for s in reversed(sources)}
     if logits is not None:
         known |= dict.fromkeys(("output", "logits"), logits.name)
     return known | module_outputs(graph)

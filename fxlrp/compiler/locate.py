@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import fx
 
@@ -42,10 +42,12 @@ def on_graph(selector: Selector, sites: Mapping[fx.Node, Site]) -> Selector:
 def _located(sites: Mapping[fx.Node, Site], selector: Selector) -> Selector:
     if not isinstance(selector, First):
         return selector
-    chosen = [node for node, site in sites.items() if selector.inner.matches(site)]
+    chosen = {node for node, site in sites.items() if selector.inner.matches(site)}
+    # All nodes in between count, elements of tuples too, which are no sites.
+    order = list(next(iter(sites)).graph.nodes) if sites else []
     if type(selector) is Last:
-        return Nodes(_ends(chosen, reversed(list(sites)), lambda n: n.users))
-    return Nodes(_ends(chosen, sites, lambda n: [x for x in contents(n) if isinstance(x, fx.Node)]))
+        return Nodes(_ends(chosen, order[::-1], lambda n: list(n.users)))
+    return Nodes(_ends(chosen, order, lambda n: [x for x in contents(n) if isinstance(x, fx.Node)]))
 
 
 def idle_entries(
@@ -77,26 +79,25 @@ def _near_paths(selector: Selector, sites: Iterable[Site]) -> str:
     return "".join(dict.fromkeys(_near_paths(part, sites) for part in selector.parts()))
 
 
-def _ends(chosen: list[fx.Node], order: Iterable[fx.Node], before: object) -> frozenset[str]:
+def _ends(
+    chosen: set[fx.Node], order: Iterable[fx.Node], before: Callable[[fx.Node], list[fx.Node]]
+) -> frozenset[str]:
     """Of the chosen nodes those that no other one comes before, in this order."""
-    marked = set(chosen)
     behind: dict[fx.Node, bool] = {}
-
-    def is_behind(node: fx.Node) -> bool:
-        return node in behind and (node in marked or behind[node])
-
     for node in order:
-        behind[node] = any(map(is_behind, before(node)))  # type: ignore[operator]
+        behind[node] = any(other in chosen or behind.get(other, False) for other in before(node))
     return frozenset(node.name for node in chosen if not behind[node])
 
 
 @functools.cache
 def _with_bases(name: str) -> tuple[str, ...]:
     """The qualified names of a type and of those that it derives from, as far as it can be found."""
-    module, _, rest = name.rpartition(".")
-    found: object = sys.modules.get(module)
-    for part in rest.split("."):
-        found = getattr(found, part, None)
-    if not isinstance(found, type):
-        return (name,)
-    return tuple(f"{base.__module__}.{base.__qualname__}" for base in found.__mro__ if base is not object)
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):  # a class may be defined inside another
+        found: object = sys.modules.get(".".join(parts[:cut]))
+        for part in parts[cut:]:
+            found = getattr(found, part, None)
+        if isinstance(found, type):
+            bases = (base for base in found.__mro__ if base is not object)
+            return tuple(f"{base.__module__}.{base.__qualname__}" for base in bases)
+    return (name,)

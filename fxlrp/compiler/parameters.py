@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import operator
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, fx, nn
 
 from ..errors import InputError
-from ..rules import Epsilon, Gradient, NormRule, Rule
+from ..rules import (
+    AttentionRule,
+    Epsilon,
+    FrozenAttention,
+    Gradient,
+    GradientAttention,
+    Identity,
+    NormRule,
+    Rule,
+)
 from ..rules.serial import rule_text
 from .graphs import is_float, leaves
 from .rewrite import is_rule, rule_op
 
 
-def named(graph: fx.Graph, model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
+def named(module: fx.GraphModule, model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
     """The parameters that patterns mean, and what the graph calls each; tied ones have several names.
 
     Raises:
         InputError: a pattern matches no parameter that the graph reads.
     """
-    known = dict(model.named_parameters(remove_duplicate=False))
-    targets = [str(n.target) for n in graph.nodes if n.op == "get_attr"]
-    held = {id(known[t]): t for t in targets if t in known}
-    read = {name: held[id(p)] for name, p in known.items() if id(p) in held}
+    targets = [str(n.target) for n in module.graph.nodes if n.op == "get_attr"]
+    held = {_memory(operator.attrgetter(target)(module)): target for target in targets}
+    known = model.named_parameters(remove_duplicate=False)
+    read = {name: held[_memory(p)] for name, p in known if _memory(p) in held}
     found: dict[str, str] = {}
     for pattern in patterns:
         matched = {name: at for name, at in read.items() if fnmatch.fnmatchcase(name, pattern)}
@@ -70,8 +80,13 @@ def positions(node: fx.Node, of_parameters: set[fx.Node]) -> tuple[int, ...]:
     )
 
 
-def weight_rule(node: fx.Node) -> Rule:
-    """How a node's coefficient goes back to its weights.
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    """What tells tensors apart that share no memory, whatever object holds them."""
+    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def weight_rule(node: fx.Node) -> Rule | None:
+    """How a node's coefficient goes back to its weights; None where none does, as to attention's mask.
 
     Raises:
         InputError: the node's rule is not linear in them.
@@ -81,8 +96,10 @@ def weight_rule(node: fx.Node) -> Rule:
     rule = rule_op(node).rule
     if isinstance(rule, Epsilon):
         return Epsilon(rule.epsilon, relative=rule.relative)
-    if type(rule) in (NormRule, Gradient):
+    if type(rule) in (NormRule, Gradient, GradientAttention):
         return Gradient()
+    if isinstance(rule, (AttentionRule, FrozenAttention, Identity)):
+        return None
     raise InputError(
         f"{rule_text(rule)} at '{node.name}' is not linear in its weights, so they have no relevance. Take a "
         "composite whose rules for layers with these parameters are Epsilon(…)."

@@ -48,12 +48,15 @@ def with_position_leaves(
     new = copy_graph(module, "Positional")
     names = {s.node.name for s in sources}
     active = reachable(new, [n for n in new.graph.nodes if n.name in names])
+    batches = {str(value(s.input).shape[0]) for s in sources if value(s.input).dim()}
     leaves = []
     for node in list(new.graph.nodes):
         if node.op != "call_function" or node not in active or len(node.args) < 2:
             continue
         for at, (table, data) in enumerate((node.args[:2], node.args[1::-1])):
             if data not in active or table in active or not _same_shape(data, node):
+                continue
+            if str(value(node).shape[0]) not in batches:  # samples could not be told apart
                 continue
             label = _label(node, table, new)
             if label:
@@ -87,12 +90,14 @@ def _label(node: fx.Node, table: object, module: fx.GraphModule) -> str:
         return f"{trigonometric} @ {_attention(node)}" if trigonometric else ""
     if not is_op(node, "add"):
         return ""
+    if value(node).dim() != 3 or value(table).shape[-2] == 1:  # [batch, positions, features] has positions
+        return ""
     if _nearest(table, _TABLES):
         return module_path(table) or table.name
     origin = _behind(table)
     if is_op(origin, "embedding") and _counts(origin.args[1], module):
         return module_path(origin) or str(origin.args[0])
-    if origin.op == "get_attr" and value(table).shape[-2] != 1:
+    if origin.op == "get_attr":
         return str(origin.target)
     return ""
 
@@ -117,7 +122,7 @@ def _nearest(node: fx.Node, names: tuple[str, ...]) -> str:
 
 def _behind(node: fx.Node) -> fx.Node:
     """The node behind steps that move elements of one tensor only."""
-    while node.op == "call_function" and kind_of(node.target) == "structural":
+    while node.op == "call_function" and (kind_of(node.target) == "structural" or is_op(node, "detach")):
         sources = [x for x in node.all_input_nodes if is_float(x)]
         if len(sources) != 1:
             break

@@ -133,10 +133,11 @@ class _Transposition(Backward):
         """Hand a node's coefficient on to what it is made of parameters."""
         arrived = [x for x in (self.cotangents.get(node), self.weighed.get(node)) if x is not None]
         places = positions(node, weights) if arrived and node.op == "call_function" else ()
-        if not places or isinstance(arrived[0], dict):
+        if not places or node.target is operator.getitem:  # an element's went to its tuple
             return
         op: Any = rule_op(node).op if is_rule(node) else node.target
-        found = self.handed_on(node, RuleOp(op, weight_rule(node), places), arrived[0])
+        rule = weight_rule(node)
+        found = {} if rule is None else self.handed_on(node, RuleOp(op, rule, places), arrived[0])
         for place, coefficient in found.items():
             self.accumulate(place, coefficient, self.weighed)
 

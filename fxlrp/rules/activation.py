@@ -108,6 +108,12 @@ class Identity(Rule):
 
     kinds: ClassVar[frozenset[str] | None] = frozenset({"activation"})
 
+    def refusal(self, call: Call) -> str | None:
+        if op_name(call.op) in (*RATIOS, "self_gate"):
+            return None
+        name = op_name(call.op)
+        return f"it needs f(x)/x in closed form, and fxlrp/rules/activation.py has no row for '{name}'"
+
     def linearize(self, call: Call) -> Linearization:
         if op_name(call.op) == "self_gate":  # x * g(x): the gate is not among the active operands
             return vjp(call)

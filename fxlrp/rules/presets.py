@@ -82,7 +82,7 @@ _ATTNLRP = _rules(
 )
 
 #: The layers that read the explained input, whether they are convolutions or not.
-_FIRST = first(op("conv") | op("linear"))
+_FIRST = first(op("conv") | (op("linear") & ~Op("aten::batch_norm")))
 #: The stabiliser of linear layers in zennit's composites.
 _STABLE = Epsilon(1e-6)
 
@@ -165,9 +165,9 @@ _ALL = (
     ),
     Preset(
         "epsilon-gamma-box",
-        "zennit's EpsilonGammaBox: gamma for convolutions, epsilon for linear layers, box from -3 to 3 first",
+        "zennit's EpsilonGammaBox: gamma for convolutions, the first by the box -3 to 3, epsilon for linear",
         _rules(_ATTNLRP, conv=Gamma(0.25), linear=_STABLE),
-        entries=((_FIRST, Box(-3.0, 3.0)),),
+        entries=((first(op("conv")), Box(-3.0, 3.0)),),
     ),
     Preset(
         "epsilon-alpha2-beta1",

@@ -147,6 +147,9 @@ class First(Selector):
 
     inner: Selector
 
+    def __post_init__(self) -> None:
+        _refuse_other(self.inner)
+
     def matches(self, site: Site) -> bool:
         raise CompositeError(f"{self} means nothing without a graph; the compiler locates it on one.")
 
@@ -215,6 +218,9 @@ class Not(Selector):
 
     inner: Selector
 
+    def __post_init__(self) -> None:
+        _refuse_other(self.inner)
+
     def matches(self, site: Site) -> bool:
         return not self.inner.matches(site)
 
@@ -268,9 +274,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
+def _refuse_other(given: object) -> None:
+    if not isinstance(given, Selector):
+        raise CompositeError(f"Selectors combine with selectors, as fxlrp.op('linear'); got {given!r}.")
+
+
 def _joined(kind: type[All], first: Selector, second: Selector) -> Selector:
-    if not isinstance(second, Selector):
-        raise CompositeError(f"Selectors combine with selectors, as fxlrp.op('linear'); got {second!r}.")
+    _refuse_other(second)
     parts = [s.of if isinstance(s, All) and type(s) is kind else (s,) for s in (first, second)]
     return kind((*parts[0], *parts[1]))
 

@@ -164,6 +164,7 @@ class MambaBlock(nn.Module):
 
     def __init__(self, size: int, state: int) -> None:
         super().__init__()
+        self.order = "(db)u"
         wide = 2 * size
         self.norm = Rms(size)
         self.into, self.out = nn.Linear(size, 2 * wide), nn.Linear(wide, size)
@@ -182,9 +183,11 @@ class MambaBlock(nn.Module):
         u = u * how.slope(torch.sigmoid(u))
         step = F.softplus(self.to_step(u))
         decay = how.scan(torch.exp(-step.unsqueeze(-1) * self.log_a.exp()))
-        b = how.scan(step.unsqueeze(-1) * self.to_b(u).unsqueeze(2))
-        c = how.scan(self.to_c(u))
-        entering = b * u.unsqueeze(-1)
+        b, c = how.scan(self.to_b(u)).unsqueeze(2), how.scan(self.to_c(u))
+        wide, size = u.unsqueeze(-1), how.scan(step).unsqueeze(-1)
+        entering = {"(db)u": (size * b) * wide, "d(bu)": size * (b * wide), "(du)b": (size * wide) * b}[
+            self.order
+        ]
         h = torch.zeros_like(entering[:, 0])
         read = []
         for t in range(u.shape[1]):

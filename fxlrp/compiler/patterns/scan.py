@@ -22,8 +22,9 @@ def scan_parameters(graph: fx.Graph, active: Container[object]) -> dict[fx.Node,
 
     ``active`` are the nodes that carry relevance: a first state is none of them.
 
-    Of the input's product ``(D B) u`` those factors are that vary along the dimension that the readout sums
-    over; u does not. Scans in another form (in chunks, by associative scan) are not found.
+    Of the input's product ``D B u``, in any grouping, u is the factor that is no step size and does not vary
+    along the dimension that the readout sums over. Scans in another form (in chunks, by associative scan, by
+    einsum) are not found.
     """
     states = _states(graph, active)
     found: dict[fx.Node, frozenset[int]] = {}
@@ -32,8 +33,7 @@ def scan_parameters(graph: fx.Graph, active: Container[object]) -> dict[fx.Node,
             state, parameters, dim = read
             found[node] = parameters
             for product in _inputs(state, states):
-                if varying := _varying(product, value(state), dim):
-                    found[product] = varying
+                found.update(_of_input(product, value(state), dim, active))
     return found
 
 
@@ -97,13 +97,45 @@ def _inputs(state: fx.Node, states: dict[fx.Node, fx.Node]) -> Iterator[fx.Node]
                 stack.append(earlier)
 
 
-def _varying(product: fx.Node, state: Tensor, dim: int) -> frozenset[int]:
-    """The factors that vary along a dimension, where at least one does not."""
+def _of_input(
+    product: fx.Node, state: Tensor, dim: int, active: Container[object]
+) -> dict[fx.Node, frozenset[int]]:
+    """Of a product of step size, B and u, in any order, the factors beside u: what does not hold it."""
     if str(value(product).shape[dim]) != str(state.shape[dim]):
-        return frozenset()
-    sizes = [_size(x, dim) for x in product.args[:2]]
-    varying = frozenset(i for i, size in enumerate(sizes) if size != 1)
-    return varying if len(varying) == 1 else frozenset()
+        return {}
+    holds = [_holds_input(x, dim, active) for x in product.args[:2]]
+    if sum(holds) != 1:
+        return {}
+    at = holds.index(True)
+    inner = _moved_from(product.args[at])
+    deeper = (
+        _of_input(inner, state, dim, active)
+        if isinstance(inner, fx.Node) and is_op(inner, *_PRODUCTS)
+        else {}
+    )
+    return {product: frozenset({1 - at}), **deeper}
+
+
+def _holds_input(operand: object, dim: int, active: Container[object]) -> bool:
+    """Whether an operand is u or a product with it: active, no step size, alike along the dimension."""
+    inner = _moved_from(operand)
+    if isinstance(inner, fx.Node) and is_op(inner, *_PRODUCTS) and _size(inner, dim) != 1:
+        return any(_holds_input(x, dim, active) for x in inner.args[:2])
+    return inner in active and _size(operand, dim) == 1 and not _is_step(inner, active)
+
+
+def _is_step(node: object, active: Container[object]) -> bool:
+    """Whether a factor comes straight from a softplus, an exponential or a sigmoid."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if is_op(node, "softplus", "exp", "sigmoid"):
+            return True
+        if kind_of(node.target) not in ("structural", "selection", "add", "product"):
+            return False
+        sources = [x for x in contents(node) if x in active]
+        if len(sources) != 1:
+            return False
+        node = sources[0]
+    return False
 
 
 def _size(node: object, dim: int) -> object:

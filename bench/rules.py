@@ -71,7 +71,7 @@ def whole(output: Tensor) -> Tensor:
 
 def composite(rule: Rule) -> fxlrp.Composite:
     """A rule for all linear layers and convolutions."""
-    return fxlrp.Composite([(fxlrp.op("linear"), rule), (fxlrp.op("conv"), rule)])
+    return fxlrp.Composite([(fxlrp.op("linear") | fxlrp.op("conv"), rule)])
 
 
 def explainers(

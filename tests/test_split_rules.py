@@ -263,7 +263,7 @@ def mixed() -> nn.Module:
 
 
 def everywhere(rule: Rule, **options: Any) -> fxlrp.Composite:
-    return fxlrp.Composite([(fxlrp.op("linear"), rule), (fxlrp.op("conv"), rule)], **options)
+    return fxlrp.Composite([(fxlrp.op("linear") | fxlrp.op("conv"), rule)], **options)
 
 
 def bert_case() -> tuple[nn.Module, dict[str, Tensor]]:

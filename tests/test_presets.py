@@ -159,6 +159,13 @@ def test_position_embeddings_are_leaves() -> None:
         torch.testing.assert_close(found.positions[label].sum(-1), constant - other)
 
 
+def test_a_model_in_which_no_positions_are_found_is_told() -> None:
+    """Breaks if relevance of tokens alone passes for position-aware."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).eval()
+    with pytest.warns(fxlrp.CompositeWarning, match="no table of positions was found"):
+        fxlrp.lrp_compile(model, "pa")(torch.randn(2, 4))
+
+
 def test_other_composites_have_no_positions() -> None:
     """And asking for them says what to do."""
     found = fxlrp.lrp_compile(model_of(TinyLlama))(ids_of())

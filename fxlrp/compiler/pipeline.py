@@ -82,8 +82,11 @@ def build(
     graph = only_outputs(graph, seed.outputs)
     targets = seed.reads(outputs(graph.graph))
     sources = explained(graph, targets, inputs)
+    idle: tuple[str, ...] = ()
     if preset(composite.base).positional:
         graph, leaves = with_position_leaves(graph, sources)
+        if not leaves:
+            idle = (f"{composite.title}: no table of positions was found, so that none is explained",)
         targets = seed.reads(outputs(graph.graph))
         sources = (*explained(graph, targets, inputs), *leaves)
     plan = assign(graph, sources, targets, composite, strict=strict)
@@ -100,5 +103,5 @@ def build(
         parameters=dict(parameters or {}),
     )
     verify_relevance(relevance.graph)
-    plan = Plan(plan.rows, tuple(moved), (*notes, *canonical.misses), plan.idle)
+    plan = Plan(plan.rows, tuple(moved), (*notes, *canonical.misses), (*plan.idle, *idle))
     return Program(plan, rule_graph, relevance, seed)

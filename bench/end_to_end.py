@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -30,6 +30,8 @@ from torch import Tensor, nn
 import fxlrp
 
 from .reference import gradient_times_input
+from .timing import interleaved, ratio, versions
+from .workloads import Built, ids, llama, make, vision
 
 CONTENDERS = ("forward", "gradient x input", "fxlrp eager", "fxlrp inductor")
 
@@ -39,44 +41,13 @@ class Workload:
     """A model and its inputs, with the limits that its ratios over Gradient x Input should keep."""
 
     name: str
-    build: Callable[[], tuple[nn.Module, dict[str, Tensor]]]
+    build: Callable[[], Built]
     eager_limit: float = 1.15
     inductor_limit: float = 1.0
 
 
-def _ids(vocabulary: int, batch: int, length: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, vocabulary, (batch, length), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _make(task: str, config: str, **settings: Any) -> nn.Module:
-    import transformers
-
-    torch.manual_seed(0)
-    made = getattr(transformers, config)(**settings)
-    model: nn.Module = getattr(transformers, f"AutoModelFor{task}").from_config(
-        made, attn_implementation="sdpa"
-    )
-    return model.eval()
-
-
-def _llama() -> tuple[nn.Module, dict[str, Tensor]]:
-    model = _make(
-        "CausalLM",
-        "LlamaConfig",
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=32000,
-    )
-    return model, _ids(32000, 1, 256)
-
-
-def _encoder() -> tuple[nn.Module, dict[str, Tensor]]:
-    model = _make(
+def _encoder() -> Built:
+    model = make(
         "SequenceClassification",
         "BertConfig",
         hidden_size=384,
@@ -85,26 +56,11 @@ def _encoder() -> tuple[nn.Module, dict[str, Tensor]]:
         num_attention_heads=12,
         vocab_size=30522,
     )
-    return model, _ids(30522, 4, 128)
+    return model, ids(30522, 4, 128)
 
 
-def _vision() -> tuple[nn.Module, dict[str, Tensor]]:
-    model = _make(
-        "ImageClassification",
-        "ViTConfig",
-        hidden_size=384,
-        intermediate_size=1536,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        image_size=224,
-        patch_size=16,
-        num_labels=1000,
-    )
-    return model, {"pixel_values": torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))}
-
-
-def _seq2seq() -> tuple[nn.Module, dict[str, Tensor]]:
-    model = _make(
+def _seq2seq() -> Built:
+    model = make(
         "Seq2SeqLM",
         "T5Config",
         d_model=256,
@@ -116,11 +72,11 @@ def _seq2seq() -> tuple[nn.Module, dict[str, Tensor]]:
         feed_forward_proj="gated-gelu",
         decoder_start_token_id=0,
     )
-    return model, {**_ids(32128, 2, 128), "decoder_input_ids": _ids(32128, 2, 32)["input_ids"]}
+    return model, {**ids(32128, 2, 128), "decoder_input_ids": ids(32128, 2, 32)["input_ids"]}
 
 
-def _decoder() -> tuple[nn.Module, dict[str, Tensor]]:
-    model = _make(
+def _decoder() -> Built:
+    model = make(
         "CausalLM",
         "GPT2Config",
         n_embd=384,
@@ -130,14 +86,14 @@ def _decoder() -> tuple[nn.Module, dict[str, Tensor]]:
         bos_token_id=0,
         eos_token_id=0,
     )
-    return model, _ids(50257, 2, 128)
+    return model, ids(50257, 2, 128)
 
 
 WORKLOADS = (
-    Workload("Llama 8x512, vocabulary 32,000, 1x256", _llama, inductor_limit=0.75),
+    Workload("Llama 8x512, vocabulary 32,000, 1x256", functools.partial(llama, 256), inductor_limit=0.75),
     Workload("GPT-2 6x384, 2x128", _decoder),
     Workload("BERT classifier 6x384, 4x128", _encoder),
-    Workload("ViT 6x384, 2x224 px", _vision),
+    Workload("ViT 6x384, 2x224 px", functools.partial(vision, 2)),
     Workload("Flan-T5 4+4x256, 2x(128+32)", _seq2seq),
 )
 
@@ -185,24 +141,12 @@ def measure(workload: Workload, rounds: int, names: tuple[str, ...]) -> dict[str
     for function in run.values():
         function()
         function()
-    times: dict[str, list[float]] = {name: [] for name in run}
-    for _ in range(rounds):
-        for name, function in run.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    reference = times["gradient x input"]
+    times = interleaved(run, rounds)
     return {
         "workload": workload.name,
         "seconds": {name: statistics.median(t) for name, t in times.items()},
-        "over forward": {
-            name: statistics.median(a / b for a, b in zip(t, times["forward"], strict=True))
-            for name, t in times.items()
-        },
-        "over gradient x input": {
-            name: statistics.median(a / b for a, b in zip(t, reference, strict=True))
-            for name, t in times.items()
-        },
+        "over forward": {name: ratio(t, times["forward"]) for name, t in times.items()},
+        "over gradient x input": {name: ratio(t, times["gradient x input"]) for name, t in times.items()},
     }
 
 
@@ -235,7 +179,7 @@ def _resident() -> float:
 
 def tracing() -> float:
     """Seconds for tracing and rewriting a 32-layer Llama, before any backend compiles."""
-    model = _make(
+    model = make(
         "CausalLM",
         "LlamaConfig",
         hidden_size=256,
@@ -245,7 +189,7 @@ def tracing() -> float:
         num_key_value_heads=4,
         vocab_size=1000,
     )
-    inputs = _ids(1000, 2, 16)
+    inputs = ids(1000, 2, 16)
     fxlrp.lrp_compile(nn.Linear(2, 2).eval(), backend="eager")(
         torch.randn(2, 2)
     )  # torch's own first-use imports
@@ -297,20 +241,14 @@ def main() -> None:
             result["peak MiB"] = {name: peak(i, name) for name in names}
         results.append(result)
     seconds = tracing()
-    versions = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "fxlrp": fxlrp.__version__,
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
+    measured = versions()
     print(table(results, names))
     print(f"\nTracing and rewriting a 32-layer Llama: {seconds:.1f} s (limit 15 s)")
-    print(", ".join(f"{k} {v}" for k, v in versions.items()))
+    print(", ".join(f"{k} {v}" for k, v in measured.items()))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(
-            json.dumps({"versions": versions, "tracing 32 layers": seconds, "results": results}, indent=1)
+            json.dumps({"versions": measured, "tracing 32 layers": seconds, "results": results}, indent=1)
         )
 
 

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,8 @@ from torch import Tensor, nn
 
 import fxlrp
 from fxlrp.rules import AlphaBeta, Box, Epsilon, Flat, Gamma, Rule, WSquare, ZPlus
+
+from .timing import interleaved, ratio, versions
 
 _RESULTS = Path(__file__).parent / "results"
 BASELINE = "Epsilon()"
@@ -89,30 +88,15 @@ def explainers(
     return made
 
 
-def interleaved(run: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+def medians(run: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
     """Medians of seconds, and of ratios over the baseline within a round."""
     for function in run.values():
         function()
-    times: dict[str, list[float]] = {name: [] for name in run}
-    for _ in range(rounds):
-        for name, function in run.items():
-            _wait()
-            start = time.perf_counter()
-            function()
-            _wait()
-            times[name].append(time.perf_counter() - start)
+    times = interleaved(run, rounds)
     return {
-        name: {
-            "seconds": statistics.median(t),
-            "ratio": statistics.median(a / b for a, b in zip(t, times[BASELINE], strict=True)),
-        }
+        name: {"seconds": statistics.median(t), "ratio": ratio(t, times[BASELINE])}
         for name, t in times.items()
     }
-
-
-def _wait() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def by_layer(rounds: int, device: str) -> dict[str, dict[str, dict[str, float]]]:
@@ -124,7 +108,7 @@ def by_layer(rounds: int, device: str) -> dict[str, dict[str, dict[str, float]]]
         layer, x = build()
         layer = layer.to(device).eval().requires_grad_(False)
         run = explainers(layer, {"input": x.to(device)}, {**RULES, **FIRST_LAYER}, whole)
-        results[name] = interleaved(run, rounds)
+        results[name] = medians(run, rounds)
     return results
 
 
@@ -187,7 +171,7 @@ def end_to_end(rounds: int, device: str) -> dict[str, dict[str, dict[str, float]
         print("zennit cannot be imported: left out", file=sys.stderr)
     else:
         run["zennit: Gamma(0.25)"] = peer
-    return {"ViT-B/16, 1x224 px": interleaved(run, rounds)}
+    return {"ViT-B/16, 1x224 px": medians(run, rounds)}
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -230,25 +214,18 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="write JSON here instead of under bench/results")
     options = parser.parse_args()
-    load = os.getloadavg()[0]
+    measured = versions()
     results = (end_to_end if options.vit else by_layer)(options.rounds, options.device)
     is_gpu = options.device != "cpu"
-    versions = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "fxlrp": fxlrp.__version__,
-        "device": torch.cuda.get_device_name() if is_gpu else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "load": round(load, 1),  # of the machine beforehand: ratios of a busy one scatter
-    }
+    measured["device"] = versions()["device"]  # known once a GPU is in use
     print(table(results))
-    print(", ".join(f"{k} {v}" for k, v in versions.items()))
+    print(", ".join(f"{k} {v}" for k, v in measured.items()))
     for line in verdict(next(iter(results.values()))) if options.vit else []:
         print(line)
     name = f"rules{'_vit' if options.vit else ''}_{'gpu' if is_gpu else 'cpu'}.json"
     out = options.out or _RESULTS / name
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"versions": versions, "results": results}, indent=1))
+    out.write_text(json.dumps({"versions": measured, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -9,61 +9,33 @@ a correctness gate; reported are medians of times and of ratios of neighbouring 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fxlrp
 
-from .end_to_end import _ids, _make
+from .timing import interleaved, ratio, versions
+from .workloads import Built, ids, llama, make, vision
 
 
-def _llama() -> tuple[nn.Module, dict[str, Tensor]]:
-    model = _make(
-        "CausalLM",
-        "LlamaConfig",
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=32000,
-    )
-    return model, _ids(32000, 1, 128)
-
-
-def _bert() -> tuple[nn.Module, dict[str, Tensor]]:
-    model = _make("SequenceClassification", "BertConfig", num_labels=16)
-    return model, _ids(30522, 1, 128)
-
-
-def _vit() -> tuple[nn.Module, dict[str, Tensor]]:
-    model = _make(
-        "ImageClassification",
-        "ViTConfig",
-        hidden_size=384,
-        intermediate_size=1536,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_labels=1000,
-    )
-    return model, {"pixel_values": torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))}
+def _bert() -> Built:
+    model = make("SequenceClassification", "BertConfig", num_labels=16)
+    return model, ids(30522, 1, 128)
 
 
 #: Name, model and inputs, classes to choose from, and whether its targets are a span of its own tokens.
-WORKLOADS: tuple[tuple[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]], int, bool], ...] = (
-    ("Llama-like: 8 layers of 512, 128 tokens, 8 classes", _llama, 32000, False),
-    ("Llama-like: 8 layers of 512, 128 tokens, a span of 8", _llama, 32000, True),
+WORKLOADS: tuple[tuple[str, Callable[[], Built], int, bool], ...] = (
+    ("Llama-like: 8 layers of 512, 128 tokens, 8 classes", functools.partial(llama, 128), 32000, False),
+    ("Llama-like: 8 layers of 512, 128 tokens, a span of 8", functools.partial(llama, 128), 32000, True),
     ("BERT-base-like: 12 layers of 768, 128 tokens, 8 classes", _bert, 16, False),
-    ("ViT-small-like: 6 layers of 384, 197 patches, 8 classes", _vit, 1000, False),
+    ("ViT-small-like: 6 layers of 384, 197 patches, 8 classes", functools.partial(vision, 1), 1000, False),
 )
 #: Time of one call of eight targets over eight calls that no workload should exceed.
 LIMIT = 0.65
@@ -76,9 +48,9 @@ def measure(index: int, count: int, rounds: int) -> dict[str, Any]:
     explainer = fxlrp.lrp_compile(model.requires_grad_(False), backend="eager")
     singles: list[Any]
     if spans:
-        ids = inputs["input_ids"]
+        text = inputs["input_ids"]
         together: Any = fxlrp.Span(100, 100 + count)
-        singles = [fxlrp.Logit(ids[:, p], position=p - 1) for p in range(100, 100 + count)]
+        singles = [fxlrp.Logit(text[:, p], position=p - 1) for p in range(100, 100 + count)]
     else:
         singles = list(range(3, min(3 + count, classes)))
         together = list(singles)
@@ -93,18 +65,12 @@ def measure(index: int, count: int, rounds: int) -> dict[str, Any]:
     expected = torch.stack(one_by_one(), 1)
     torch.testing.assert_close(at_once(), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
     runs: dict[str, Callable[[], Any]] = {"one call": at_once, "a call each": one_by_one}
-    times: dict[str, list[float]] = {run: [] for run in runs}
-    for _ in range(rounds):
-        for run, function in runs.items():
-            start = time.perf_counter()
-            function()
-            times[run].append(time.perf_counter() - start)
-    pairs = zip(times["one call"], times["a call each"], strict=True)
+    times = interleaved(runs, rounds)
     return {
         "workload": name,
         "targets": len(singles),
         "seconds": {run: statistics.median(t) for run, t in times.items()},
-        "ratio": statistics.median(a / b for a, b in pairs),
+        "ratio": ratio(times["one call"], times["a call each"]),
     }
 
 
@@ -135,20 +101,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write JSON here, and the table beside it")
     options = parser.parse_args()
     chosen = options.only if options.only is not None else range(len(WORKLOADS))
+    measured = versions()
     results = [measure(i, options.count, 3 if options.quick else options.rounds) for i in chosen]
-    versions = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "fxlrp": fxlrp.__version__,
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "load": [round(load, 2) for load in os.getloadavg()],
-    }
-    said = ", ".join(f"{k} {v}" for k, v in versions.items())
+    said = ", ".join(f"{k} {v}" for k, v in measured.items())
     print(f"{table(results)}\n\n{said}")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"versions": versions, "results": results}, indent=1) + "\n")
+        options.out.write_text(json.dumps({"versions": measured, "results": results}, indent=1) + "\n")
         options.out.with_suffix(".md").write_text(f"{table(results)}\n\n{said}\n")
 
 

@@ -1,0 +1,50 @@
+"""How benchmarks take times: interleaved in one process, and what they were taken with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+import fxlrp
+
+
+def interleaved(run: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, one after the other."""
+    times: dict[str, list[float]] = {name: [] for name in run}
+    for _ in range(rounds):
+        for name, function in run.items():
+            _wait()
+            start = time.perf_counter()
+            function()
+            _wait()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """The median of ratios within a round."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def versions() -> dict[str, Any]:
+    """What is measured on, and the load beforehand: ratios of a busy machine scatter."""
+    is_gpu = torch.cuda.is_initialized()
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "fxlrp": fxlrp.__version__,
+        "device": torch.cuda.get_device_name() if is_gpu else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -11,8 +11,9 @@ import inspect
 import torch
 from torch import Tensor
 
-from .base import Call, Cotangent, Linearization, many, vjp
+from .base import Call, Cotangent, Linearization, many, vjp, wide
 from .ops import attention
+from .written import masked
 
 
 def attention_of_many(call: Call) -> Linearization:
@@ -95,13 +96,6 @@ def _as(coefficient: Tensor, shape: torch.Size, grouped: int) -> Tensor:
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, factor: float) -> Tensor:
     """``softmax(factor * q k^T + mask)``, 0 in rows in which every key is masked, as the fused op has it."""
-    scores = (query * factor) @ key.transpose(-1, -2)
-    if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        scores = torch.where(mask, scores, -torch.inf) if mask.dtype is torch.bool else scores + mask
-    wide = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
-    weights = wide.softmax(-1)
-    if mask is not None and not is_causal:
-        weights = weights.masked_fill((wide == -torch.inf).all(-1, keepdim=True), 0.0)
-    return weights.to(scores.dtype)
+    scores = masked(wide((query * factor) @ key.transpose(-1, -2)), mask, is_causal)
+    weights: Tensor = torch.ops.aten._safe_softmax.default(scores, -1)
+    return weights.to(query.dtype)

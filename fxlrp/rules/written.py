@@ -71,8 +71,8 @@ class Written:
         keys, values = repeat(keys), repeat(values)
         read = tuple(i for i in (_QUERY, _KEY) if i in call.active)
         scores = _Step.of(score_rule, torch.matmul, (query, keys.output.mT), read)
-        masked = _masked(wide(scores.step.output) * scale, mask, bool(given.get("is_causal")))
-        weights = _Step.of(weight_rule, torch.ops.aten._safe_softmax.default, (masked, -1), (0,))
+        scaled = masked(wide(scores.step.output) * scale, mask, bool(given.get("is_causal")))
+        weights = _Step.of(weight_rule, torch.ops.aten._safe_softmax.default, (scaled, -1), (0,))
         mixed = ((0,) if read else ()) + ((1,) if _VALUE in call.active else ())
         shares = weights.step.output.to(query.dtype)
         mixing = _Step.of(mixing_rule, torch.matmul, (shares, values.output), mixed)
@@ -121,7 +121,8 @@ def _repeat(groups: int) -> Callable[[Tensor], Linearization]:
     return lambda x: vjp(Call(torch.repeat_interleave, (x, groups, -3), {}, (0,)))
 
 
-def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+def masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Scores with a mask of attention: added, or -inf where a boolean one is False."""
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is None:

@@ -15,12 +15,6 @@ def module_path(node: fx.Node) -> str:
     return stack[-1][0] if stack else ""
 
 
-def module_type(node: fx.Node) -> str:
-    """Qualified type of the innermost module, or ''."""
-    stack = modules(node)
-    return stack[-1][1] if stack else ""
-
-
 def modules(node: fx.Node) -> list[tuple[str, str]]:
     """Paths and types of the modules around a node, outermost first, the model itself left out."""
     found = []

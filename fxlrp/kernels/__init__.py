@@ -1,1 +1,1 @@
-"""Fused kernels, a folder each. None ships yet: the relevance graph is plain ATen, which Inductor fuses."""
+"""Fused kernels, a folder each: the entry with shapes and maths, its reference in PyTorch, the Triton code."""

@@ -36,6 +36,8 @@ def clean(root: torch.nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor
         _simplify(graph, node)
     for node in list(graph.nodes):
         _fold_matmul(graph, node)
+    for node in reversed(list(graph.nodes)):
+        _fold_slices(graph, node)
     _deduplicate(graph)
     graph.eliminate_dead_code()
     graph.lint()
@@ -104,6 +106,49 @@ def _fold_matmul(graph: fx.Graph, node: fx.Node) -> None:
         user.replace_all_uses_with(folded)
         graph.erase_node(user)
     graph.erase_node(node)
+
+
+def _fold_slices(graph: fx.Graph, node: fx.Node) -> None:
+    """The sum of pieces that were each padded with zeros to the whole, as ``cat``: rotary embeddings' halves.
+
+    Each ``slice_backward`` writes the whole tensor, and each sum reads and writes it.
+    """
+    pieces = _padded_pieces(node, node) if is_op(node, "add") else []
+    if len(pieces) < 2:
+        return
+    dims = {piece.args[2] for piece in pieces}
+    (dim,) = dims if len(dims) == 1 else (None,)
+    whole = value(node)
+    if not isinstance(dim, int) or not isinstance(whole, Tensor) or not isinstance(whole.shape[dim], int):
+        return
+    starts = {piece.args[3]: piece for piece in pieces}
+    if len(starts) < len(pieces):
+        return
+    at, ordered = 0, []
+    while at in starts:
+        piece = starts.pop(at)
+        ordered.append(piece.args[0])
+        at = min(arg(piece, 4), whole.shape[dim])
+    if starts or at != whole.shape[dim]:
+        return
+    with graph.inserting_before(node):
+        joined = graph.call_function(torch.ops.aten.cat.default, (ordered, dim))
+    joined.meta = dict(node.meta)
+    node.replace_all_uses_with(joined)
+    graph.erase_node(node)
+
+
+def _padded_pieces(node: Any, root: fx.Node) -> list[fx.Node]:
+    """The ``slice_backward`` nodes that a sum is made of, or none where it has other terms or readers."""
+    if not isinstance(node, fx.Node) or (node is not root and len(node.users) > 1):
+        return []
+    if is_op(node, "slice_backward"):
+        known = all(isinstance(x, int) for x in node.args[2:6])
+        return [node] if known and node.args[5] == 1 else []
+    if is_op(node, "add") and len(node.args) == 2 and not node.kwargs:
+        sides = [_padded_pieces(term, root) for term in node.args]
+        return [*sides[0], *sides[1]] if all(sides) else []
+    return []
 
 
 def _same_shape(first: fx.Node, second: fx.Node) -> bool:

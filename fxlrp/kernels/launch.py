@@ -81,4 +81,5 @@ def runs_triton(*tensors: Tensor) -> bool:
 
 def launch(kernel: Any) -> Callable[..., Any]:
     """A kernel to be called as ``launch(kernel)[grid](*args)``: visible to Inductor where it is compiled."""
-    return kernel if is_interpreted() else wrap_triton(kernel)
+    launched: Callable[..., Any] = kernel if is_interpreted() else wrap_triton(kernel)
+    return launched

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from .activation import op_name
 from .base import Call, Linearization
 from .linear import Epsilon
 
@@ -38,6 +39,10 @@ class Uniform(Epsilon):
 
     def _shared(self, step: Linearization, call: Call) -> Linearization:
         shares = self.shares or (1 / len(call.active),) * len(call.active)
+        if set(shares) == {1.0}:
+            return step
+        if len(set(shares)) == 1 and op_name(call.op) == "mul":  # once for all operands, which are no smaller
+            return Linearization(step.output, lambda cotangent: step.pullback(cotangent * shares[0]))
         return Linearization(
             step.output,
             lambda cotangent: tuple(

@@ -43,6 +43,10 @@ class CompositeWarning(UserWarning):
     """An entry of a composite that decides nothing on this model."""
 
 
+class KernelError(FxlrpError, RuntimeError):
+    """A kernel that was asked for by name does not exist, or cannot run on what it is for."""
+
+
 class GraphError(FxlrpError, AssertionError):
     """A stage of the compiler produced a graph that breaks its dialect; always a bug of fxlrp."""
 

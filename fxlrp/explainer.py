@@ -16,6 +16,7 @@ from .bundle import Bundle
 from .compiler.canonicalize import canonicalize
 from .compiler.capture import TRACE, capture, identifier
 from .compiler.faithful import call_model, compare, run_model
+from .compiler.fused import chosen
 from .compiler.inputs import (
     Bound,
     bind,
@@ -56,6 +57,7 @@ def lrp_compile(
     inputs: tuple[str, ...] = (),
     chunk: int | None = None,
     parameters: tuple[str, ...] = (),
+    kernels: str | tuple[str, ...] = "auto",
 ) -> Explainer:
     """Compile a model into its layer-wise relevance propagation.
 
@@ -81,6 +83,9 @@ def lrp_compile(
             out, as many as fit are.
         parameters: names of parameters whose relevance ``w * G_w`` is returned too, as
             ``model.named_parameters()`` has them, with wildcards.
+        kernels: names of Triton kernels to use wherever they apply (docs/kernels.md); ``"auto"``: those that
+            run on the model's device and were measured to be faster there; ``"reference"``: none. The plan's
+            notes say which are used, and why others are not.
 
     Returns:
         An explainer to call as the model itself, with ``target=`` on top.
@@ -93,7 +98,16 @@ def lrp_compile(
         raise InputError(f"chunk is a number of targets, an int of 1 or more, or None; got {chunk!r}.")
     parameters = (parameters,) if isinstance(parameters, str) else tuple(parameters)
     return Explainer(
-        model, as_composite(composite), backend, dynamic, strict, latents, inputs, chunk, parameters
+        model,
+        as_composite(composite),
+        backend,
+        dynamic,
+        strict,
+        latents,
+        inputs,
+        chunk,
+        parameters,
+        chosen(kernels),
     )
 
 
@@ -119,6 +133,7 @@ class Explainer:
     inputs: tuple[str, ...] = ()
     chunk: int | None = None
     parameters: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ("auto",)
     _traces: dict[Any, list[Trace]] = field(default_factory=dict, repr=False)
     _programs: dict[Any, Compiled] = field(default_factory=dict, repr=False)
     _maps: dict[Any, LinearMap] = field(default_factory=dict, repr=False)
@@ -473,6 +488,7 @@ class Explainer:
                     latents=latents,
                     parameters=named(trace.canonical.graph, self.model, self.parameters),
                     notes=notes,
+                    kernels=self.kernels,
                 )
             for line in program.plan.idle:
                 warnings.warn(line, CompositeWarning, stacklevel=6)

@@ -147,8 +147,8 @@ class Backward:
         if known is None:
             known = {}
             forward = self.values[node]
-            if isinstance(value(node), Tensor) and isinstance(template.outputs[0], fx.Node):
-                known[template.outputs[0]] = forward
+            results, parts = template.outputs[:outs], self._parts(node, forward)
+            known.update((r, part) for r, part in zip(results, parts, strict=False) if isinstance(r, fx.Node))
         seeds = self._cotangent_leaves(node, self.cotangents[node])
         if node.meta.get(TARGETS) == CHOICE:
             seeds = [self.inlined("spread", _spread, [(g, value(node))]) for g in seeds]
@@ -164,6 +164,17 @@ class Backward:
         for position, coefficient in zip(rule_op(node).active, results, strict=True):
             if coefficient is not None:
                 self.accumulate(flat[position], coefficient, into)
+
+    def _parts(self, node: fx.Node, forward: Any) -> list[Any]:
+        """A node's outputs in the graph, each by itself; none of them where they are nested."""
+        if isinstance(value(node), Tensor):
+            return [forward]
+        found: list[Any] = []
+        flat = pytree.tree_leaves(value(node))
+        for i, leaf in enumerate(flat if len(flat) == len(value(node)) else ()):
+            found.append(self.graph.call_function(operator.getitem, (forward, i)))
+            found[-1].meta["val"] = leaf
+        return found
 
     def carry(self, node: fx.Node) -> None:
         """Hand relevance itself on to a node's operands."""

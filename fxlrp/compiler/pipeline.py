@@ -12,6 +12,7 @@ from .activity import explained, refuse_missing
 from .assign import assign
 from .canonicalize import Canonical
 from .demand import demand_rows, only_outputs
+from .fused import AUTO, fuse
 from .graphs import outputs
 from .plan import Plan
 from .positions import with_position_leaves
@@ -66,6 +67,7 @@ def build(
     latents: Mapping[str, str] | None = None,
     parameters: Mapping[str, str] | None = None,
     notes: tuple[str, ...] = (),
+    kernels: tuple[str, ...] = (AUTO,),
 ) -> Program:
     """From a canonical graph to its relevance graph."""
     graph = canonical.graph
@@ -94,14 +96,17 @@ def build(
     rule_graph = verify_rules(rewrite(graph, plan), plan)
     nodes = {node.name: node for node in rule_graph.graph.nodes}
     moved = [s.moved(nodes) for s in plan.sources]
+    wanted = {*(latents or {}).values(), *(s.node.name for s in moved)}
+    fusion = fuse(rule_graph, kernels, wanted)
+    fused = {node.name: node for node in fusion.graph.graph.nodes}
     relevance = transpose(
-        rule_graph,
-        moved,
+        fusion.graph,
+        [s.moved(fused) for s in moved],
         seed,
         latents=dict(latents or {}),
         templates=canonical.templates,
         parameters=dict(parameters or {}),
     )
     verify_relevance(relevance.graph)
-    plan = Plan(plan.rows, tuple(moved), (*notes, *canonical.misses), (*plan.idle, *idle))
+    plan = Plan(plan.rows, tuple(moved), (*notes, *canonical.misses, *fusion.notes), (*plan.idle, *idle))
     return Program(plan, rule_graph, relevance, seed)

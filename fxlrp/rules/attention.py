@@ -23,7 +23,8 @@ class _Attention(Rule):
     kinds: ClassVar[frozenset[str] | None] = frozenset({"attention"})
 
     @staticmethod
-    def _shares(call: Call) -> tuple[float, ...]:
+    def shares(call: Call) -> tuple[float, ...]:
+        """What part of an output's relevance each active operand gets."""
         value_active = _VALUE in call.active
         scores = [i for i in call.active if i != _VALUE]
         outer = 0.5 if value_active and scores else 1.0
@@ -37,7 +38,7 @@ class _Attention(Rule):
         # The value's share must conserve by itself; only the scores' share may leave a Taylor remainder.
         # Booking the whole difference would hide an error in the value's share.
         by_leaf = dict(zip(call.active, coefficients, strict=True))
-        shares = dict(zip(call.active, self._shares(call), strict=True))
+        shares = dict(zip(call.active, self.shares(call), strict=True))
         scores = dot(output, cotangent) * (1 - shares.get(_VALUE, 0.0))
         for i in call.active:
             if i != _VALUE and by_leaf[i] is not None:
@@ -96,7 +97,7 @@ class AttentionRule(_Attention):
         return self._shared(attention_of_many(call), call)
 
     def _shared(self, step: Linearization, call: Call) -> Linearization:
-        shares = self._shares(call)
+        shares = self.shares(call)
         return Linearization(
             step.output,
             lambda cotangent: tuple(

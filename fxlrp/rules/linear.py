@@ -26,7 +26,7 @@ def sigma(z: Tensor, epsilon: float | Tensor) -> Tensor:
     return magnitude / (magnitude + floor)
 
 
-def _deviation(call: Call, z: Tensor) -> Tensor:
+def deviation(call: Call, z: Tensor) -> Tensor:
     """The standard deviation of an output: over channels and space of each sample for convolutions, else over
     the last dimension, so that neither padding nor other rows or samples matter.
     """
@@ -36,8 +36,8 @@ def _deviation(call: Call, z: Tensor) -> Tensor:
     centred = magnitude - magnitude.mean(dims, keepdim=True)
     # From a norm, which on a CPU takes a twentieth of the time of std.
     length = torch.linalg.vector_norm(centred, dim=dims, keepdim=True)
-    deviation: Tensor = (length * length / math.prod(z.shape[first:])).sqrt()
-    return deviation
+    found: Tensor = (length * length / math.prod(z.shape[first:])).sqrt()
+    return found
 
 
 def _is_plain_linear(call: Call) -> bool:
@@ -120,7 +120,7 @@ class Epsilon(Rule):
         def damped(z: Tensor, g: Tensor | None) -> Tensor | None:
             if g is None:
                 return None
-            epsilon = self.epsilon * _deviation(call, z) if self.relative else self.epsilon
+            epsilon = self.epsilon * deviation(call, z) if self.relative else self.epsilon
             return (g * sigma(z, epsilon)).to(g.dtype)
 
         return pytree.tree_map(damped, output, cotangent, is_leaf=lambda leaf: leaf is None)

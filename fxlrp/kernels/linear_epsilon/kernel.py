@@ -135,9 +135,7 @@ def relevance_kernel(
 
     Row ``r`` is ``(m, k) = (r // count, r % count)``, so that one tile holds the coefficients of few values.
     """
-    row_block, column_block = tile_of(
-        tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP
-    )
+    row_block, column_block = tile_of(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
     part = tl.program_id(1)
     r = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n = column_block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)

@@ -1,17 +1,16 @@
 """End to end: an explanation's time and memory over a forward pass and over eager Gradient x Input.
 
-    python -m bench.end_to_end [--quick] [--out results.json]
+    python -m bench.end_to_end [--quick] [--only I ...] [--out results.json]
 
 Contenders of a model run interleaved in one process, after a correctness gate; reported are medians of ratios
-of neighbouring runs. Peak memory is that of a fresh process for each contender, above what loading the model
-takes.
+of neighbouring runs. ``products`` is the distance to the limit: the matrix products of fxlrp's own graph
+alone, replayed. Peak memory is that of a fresh process for each contender, above the loaded model.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import functools
 import gc
 import json
 import resource
@@ -19,8 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,94 +27,53 @@ from torch import Tensor, nn
 
 import fxlrp
 
+from .products import replay
 from .reference import gradient_times_input
+from .subjects import SUBJECTS, Subject
 from .timing import interleaved, ratio, versions
-from .workloads import Built, ids, llama, make, vision
+from .workloads import ids, make
 
-CONTENDERS = ("forward", "gradient x input", "fxlrp eager", "fxlrp inductor")
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A model and its inputs, with the limits that its ratios over Gradient x Input should keep."""
-
-    name: str
-    build: Callable[[], Built]
-    eager_limit: float = 1.15
-    inductor_limit: float = 1.0
+FORWARD, GRADIENT, PRODUCTS = "forward", "gradient x input", "products"
+EAGER, CP, INDUCTOR = "fxlrp eager", "fxlrp eager, cp", "fxlrp inductor"
+CONTENDERS = (FORWARD, GRADIENT, PRODUCTS, EAGER, CP, INDUCTOR)
+#: What an eager explanation may take over the graph's matrix products.
+PRODUCTS_LIMIT = 1.2
+#: What cp may take over attnlrp, which computes coefficients of queries and keys too.
+CP_LIMIT = 0.88
+#: Seconds that the rounds of one cell take; at least five rounds are run.
+BUDGET = 60.0
 
 
-def _encoder() -> Built:
-    model = make(
-        "SequenceClassification",
-        "BertConfig",
-        hidden_size=384,
-        intermediate_size=1536,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        vocab_size=30522,
-    )
-    return model, ids(30522, 4, 128)
-
-
-def _seq2seq() -> Built:
-    model = make(
-        "Seq2SeqLM",
-        "T5Config",
-        d_model=256,
-        d_ff=1024,
-        num_layers=4,
-        num_heads=8,
-        d_kv=32,
-        vocab_size=32128,
-        feed_forward_proj="gated-gelu",
-        decoder_start_token_id=0,
-    )
-    return model, {**ids(32128, 2, 128), "decoder_input_ids": ids(32128, 2, 32)["input_ids"]}
-
-
-def _decoder() -> Built:
-    model = make(
-        "CausalLM",
-        "GPT2Config",
-        n_embd=384,
-        n_layer=6,
-        n_head=6,
-        vocab_size=50257,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return model, ids(50257, 2, 128)
-
-
-WORKLOADS = (
-    Workload("Llama 8x512, vocabulary 32,000, 1x256", functools.partial(llama, 256), inductor_limit=0.75),
-    Workload("GPT-2 6x384, 2x128", _decoder),
-    Workload("BERT classifier 6x384, 4x128", _encoder),
-    Workload("ViT 6x384, 2x224 px", functools.partial(vision, 2)),
-    Workload("Flan-T5 4+4x256, 2x(128+32)", _seq2seq),
-)
-
-
-def runners(
-    model: nn.Module, inputs: dict[str, Tensor], names: tuple[str, ...]
-) -> dict[str, Callable[[], Any]]:
+class Contenders:
     """What each contender does for one explanation; parameters need no gradient for any of them."""
-    model.requires_grad_(False)
-    eager = fxlrp.lrp_compile(model, backend="eager")
-    inductor = fxlrp.lrp_compile(model, backend="inductor")
 
-    def forward() -> Any:
-        with torch.no_grad():
-            return model(**inputs)
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.requires_grad_(False)
+        self.eager = fxlrp.lrp_compile(model, backend="eager")
+        self.cp = fxlrp.lrp_compile(model, "cp", backend="eager")
+        self.inductor = fxlrp.lrp_compile(model, backend="inductor")
 
-    made: dict[str, Callable[[], Any]] = {
-        "forward": forward,
-        "gradient x input": lambda: gradient_times_input(model, inputs),
-        "fxlrp eager": lambda: eager(**inputs),
-        "fxlrp inductor": lambda: inductor(**inputs),
-    }
-    return {name: made[name] for name in names}
+    def runs(self, inputs: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Callable[[], Any]]:
+        """By name, ready to be timed."""
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return self.model(**inputs)
+
+        made: dict[str, Callable[[], Any]] = {
+            FORWARD: forward,
+            GRADIENT: lambda: gradient_times_input(self.model, inputs),
+            EAGER: lambda: self.eager(**inputs),
+            CP: lambda: self.cp(**inputs),
+            INDUCTOR: lambda: self.inductor(**inputs),
+        }
+        if PRODUCTS in names:
+            self.eager(**inputs)
+            names_of_inputs = [
+                n.name for n in self.eager.relevance_graph.graph.nodes if n.op == "placeholder"
+            ]
+            made[PRODUCTS] = replay(self.eager.relevance_graph, [inputs[n] for n in names_of_inputs])
+        return {name: made[name] for name in names}
 
 
 def gate(model: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -133,21 +90,47 @@ def gate(model: nn.Module, inputs: dict[str, Tensor]) -> None:
         raise AssertionError(f"the ledger does not close: {explanation.ledger.residual:.1e}")
 
 
-def measure(workload: Workload, rounds: int, names: tuple[str, ...]) -> dict[str, Any]:
-    """Medians of interleaved runs, in seconds, and of ratios within a round."""
-    model, inputs = workload.build()
-    gate(model, inputs)
-    run = runners(model, inputs, names)
-    for function in run.values():
-        function()
-        function()
-    times = interleaved(run, rounds)
-    return {
-        "workload": workload.name,
-        "seconds": {name: statistics.median(t) for name, t in times.items()},
-        "over forward": {name: ratio(t, times["forward"]) for name, t in times.items()},
-        "over gradient x input": {name: ratio(t, times["gradient x input"]) for name, t in times.items()},
+def measure(subject: Subject, names: tuple[str, ...], quick: bool) -> list[dict[str, Any]]:
+    """Medians of interleaved runs, in seconds, and of ratios within a round, for each batch and length."""
+    contenders = Contenders(subject.build())
+    results = []
+    for batch, length in subject.cells[:1] if quick else subject.cells:
+        print(f"{subject.name}, {batch}x{length} ...", file=sys.stderr, flush=True)
+        inputs = subject.inputs(batch, length)
+        gate(contenders.model, inputs)
+        run = contenders.runs(inputs, names)
+        for function in run.values():
+            function()
+        once = sum(times[0] for times in interleaved(run, 1).values())
+        times = interleaved(run, 5 if quick else round(min(15, max(5, BUDGET / once))))
+        results.append(
+            {
+                "subject": subject.name,
+                "batch": batch,
+                "length": length,
+                "rounds": len(times[FORWARD]),
+                "seconds": {name: statistics.median(t) for name, t in times.items()},
+                **{
+                    f"over {other}": {name: ratio(t, times[other]) for name, t in times.items()}
+                    for other in (FORWARD, GRADIENT, PRODUCTS, EAGER)
+                },
+            }
+        )
+    return results
+
+
+def limits(result: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """The figures of a cell that have a limit: what was found, and the limit."""
+    subject = next(s for s in SUBJECTS if s.name == result["subject"])
+    found = {
+        f"{name} over {GRADIENT}": (result[f"over {GRADIENT}"][name], limit)
+        for name, limit in subject.limits.items()
+        if name in result["seconds"]
     }
+    found[f"{EAGER} over {PRODUCTS}"] = (result[f"over {PRODUCTS}"][EAGER], PRODUCTS_LIMIT)
+    if CP in result["seconds"] and "Llama" in subject.name:
+        found[f"{CP} over attnlrp"] = (result[f"over {EAGER}"][CP], CP_LIMIT)
+    return found
 
 
 def peak(index: int, contender: str) -> float:
@@ -159,8 +142,9 @@ def peak(index: int, contender: str) -> float:
 
 
 def _peak_here(index: int, contender: str) -> float:
-    model, inputs = WORKLOADS[index].build()
-    run = runners(model, inputs, (contender,))[contender]
+    subject = SUBJECTS[index]
+    inputs = subject.inputs(*subject.cells[0])
+    run = Contenders(subject.build()).runs(inputs, (contender,))[contender]
     run()  # traces and compiles; what that takes is not part of an explanation
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what tracing freed must not serve the explanation unseen
@@ -198,22 +182,24 @@ def tracing() -> float:
     return time.perf_counter() - start
 
 
-def table(results: list[dict[str, Any]], names: tuple[str, ...]) -> str:
-    """The results as a Markdown table."""
+def table(results: list[dict[str, Any]]) -> str:
+    """The results as a Markdown table: times over Gradient x Input, over the products, and limits."""
+    names = [n for n in CONTENDERS if n in results[0]["seconds"]]
     lines = [
-        "| model | contender | over forward | over Gradient x Input | limit | peak MiB |",
-        "|---|---|---|---|---|---|",
+        f"| model | batch x length | {' | '.join(f'{n}' for n in names)} | eager over products | limits |",
+        f"|---|---|{'---|' * len(names)}---|---|",
     ]
     for result in results:
-        workload = next(w for w in WORKLOADS if w.name == result["workload"])
-        for name in names:
-            limit = {"fxlrp eager": workload.eager_limit, "fxlrp inductor": workload.inductor_limit}.get(name)
-            memory = result.get("peak MiB", {}).get(name)
-            lines.append(
-                f"| {result['workload']} | {name} | {result['over forward'][name]:.2f} | "
-                f"{result['over gradient x input'][name]:.2f} | {'' if limit is None else f'≤ {limit}'} | "
-                f"{'' if memory is None else f'{memory:.0f}'} |"
-            )
+        cells = [f"{result[f'over {GRADIENT}'][n]:.2f}" for n in names]
+        missed = [
+            f"{what} {found:.2f} > {limit}"
+            for what, (found, limit) in limits(result).items()
+            if found > limit
+        ]
+        lines.append(
+            f"| {result['subject']} | {result['batch']}x{result['length']} | {' | '.join(cells)} | "
+            f"{result[f'over {PRODUCTS}'][EAGER]:.2f} | {'; '.join(missed) or 'kept'} |"
+        )
     return "\n".join(lines)
 
 
@@ -222,27 +208,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, no memory, eager backend only")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", type=int, nargs="*", help="indices of workloads")
+    parser.add_argument(
+        "--quick", action="store_true", help="first cells, five rounds, no memory, eager only"
+    )
+    parser.add_argument("--only", type=int, nargs="*", help="indices of models")
     parser.add_argument("--out", type=Path, help="write JSON here")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         print(_peak_here(int(options.peak[0]), options.peak[1]))
         return
-    names = CONTENDERS[:3] if options.quick else CONTENDERS
-    chosen = options.only if options.only is not None else range(len(WORKLOADS))
+    names = CONTENDERS[:-1] if options.quick else CONTENDERS
     results = []
-    for i in chosen:
-        print(f"{WORKLOADS[i].name} …", file=sys.stderr, flush=True)
-        result = measure(WORKLOADS[i], 5 if options.quick else options.rounds, names)
+    for i in options.only if options.only is not None else range(len(SUBJECTS)):
+        found = measure(SUBJECTS[i], names, options.quick)
         if not options.quick:
-            result["peak MiB"] = {name: peak(i, name) for name in names}
-        results.append(result)
+            found[0]["peak MiB"] = {name: peak(i, name) for name in names if name != PRODUCTS}
+        results += found
     seconds = tracing()
     measured = versions()
-    print(table(results, names))
+    print(f"Times over eager Gradient x Input:\n\n{table(results)}")
     print(f"\nTracing and rewriting a 32-layer Llama: {seconds:.1f} s (limit 15 s)")
     print(", ".join(f"{k} {v}" for k, v in measured.items()))
     if options.out:

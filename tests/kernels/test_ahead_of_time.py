@@ -54,9 +54,17 @@ def test_faults_of_sample_kernels_are_found():
     result = _python("-c", _SAMPLES)
     assert result.returncode == 0, result.stderr
     found = [json.loads(line[6:]) for line in result.stdout.splitlines() if line.startswith("found ")]
-    assert len(found) == 14
+    assert len(found) == 13
     for label, target, expected, fault in found:
         assert expected in fault and bool(fault) == bool(expected), (label, target, fault)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS, ids=lambda target: target.name)
+def test_each_target_has_its_own_limit_of_shared_memory(target):
+    """Would break if a kernel passed whose block is larger than the target lets a block be."""
+    about = ("kernel", "label", "fp32", target.name, True, 64)
+    assert aot.Compiled(*about, shared=target.shared_limit).fault() == ""
+    assert "shared memory" in aot.Compiled(*about, shared=target.shared_limit + 1).fault()
 
 
 def test_the_tool_refuses_to_compile_what_is_interpreted():

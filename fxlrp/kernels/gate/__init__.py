@@ -55,8 +55,7 @@ def activation(x: Tensor, activation: str) -> Tensor:
     return reference.activation(x, activation)
 
 
-@activation.register_fake
-def _(x: Tensor, activation: str) -> Tensor:
+def _fake_activation(x: Tensor, activation: str) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -81,8 +80,7 @@ def activation_relevance(coefficient: Tensor, x: Tensor, activation: str) -> Ten
     return reference.activation_relevance(coefficient, x, activation)
 
 
-@activation_relevance.register_fake
-def _(coefficient: Tensor, x: Tensor, activation: str) -> Tensor:
+def _fake_activation_relevance(coefficient: Tensor, x: Tensor, activation: str) -> Tensor:
     return _like(coefficient)
 
 
@@ -111,8 +109,7 @@ def gate(a: Tensor, b: Tensor, activation: str) -> Tensor:
     return reference.gate(a, b, activation)
 
 
-@gate.register_fake
-def _(a: Tensor, b: Tensor, activation: str) -> Tensor:
+def _fake_gate(a: Tensor, b: Tensor, activation: str) -> Tensor:
     return _like(b)
 
 
@@ -147,8 +144,7 @@ def gate_relevance(
     return reference.gate_relevance(coefficient, a, b, activation, share_a, share_b)
 
 
-@gate_relevance.register_fake
-def _(
+def _fake_gate_relevance(
     coefficient: Tensor,
     a: Tensor,
     b: Tensor,
@@ -179,8 +175,7 @@ def packed_gate(packed: Tensor, activation: str, gate_first: bool = True) -> Ten
     return reference.gate(a, b, activation)
 
 
-@packed_gate.register_fake
-def _(packed: Tensor, activation: str, gate_first: bool = True) -> Tensor:
+def _fake_packed_gate(packed: Tensor, activation: str, gate_first: bool = True) -> Tensor:
     return _like(reference.halves(packed, gate_first)[0])
 
 
@@ -215,8 +210,7 @@ def packed_gate_relevance(
     return reference.packed_gate_relevance(coefficient, packed, activation, gate_first, share_a, share_b)
 
 
-@packed_gate_relevance.register_fake
-def _(
+def _fake_packed_gate_relevance(
     coefficient: Tensor,
     packed: Tensor,
     activation: str,
@@ -287,6 +281,12 @@ def _transpose_packed_gate(ctx: Any, coefficient: Tensor) -> tuple[Any, ...]:
     return from_a + from_b, *(None,) * 5
 
 
+activation.register_fake(_fake_activation)
+activation_relevance.register_fake(_fake_activation_relevance)
+gate.register_fake(_fake_gate)
+gate_relevance.register_fake(_fake_gate_relevance)
+packed_gate.register_fake(_fake_packed_gate)
+packed_gate_relevance.register_fake(_fake_packed_gate_relevance)
 activation.register_autograd(_pull_activation, setup_context=_remember)
 activation_relevance.register_autograd(_transpose_activation, setup_context=_remember)
 gate.register_autograd(_pull_gate, setup_context=_remember)

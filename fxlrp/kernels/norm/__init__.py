@@ -56,8 +56,7 @@ def norm(
     return reference.norm(x, weight, bias, eps, offset, centred)
 
 
-@norm.register_fake
-def _(
+def _fake_norm(
     x: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -103,8 +102,7 @@ def add_norm(
     return y, h, rstd
 
 
-@add_norm.register_fake
-def _(
+def _fake_add_norm(
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None = None,
@@ -153,8 +151,7 @@ def norm_relevance(
     return reference.norm_relevance(coefficient, rstd, weight, added, share, offset, centred)
 
 
-@norm_relevance.register_fake
-def _(
+def _fake_norm_relevance(
     coefficient: Tensor,
     rstd: Tensor,
     weight: Tensor | None = None,
@@ -222,6 +219,9 @@ def _transpose(ctx: Any, coefficient: Tensor) -> tuple[Any, ...]:
     return of_g, None, None, of_added, None, None, None
 
 
+norm.register_fake(_fake_norm)
+add_norm.register_fake(_fake_add_norm)
+norm_relevance.register_fake(_fake_norm_relevance)
 norm.register_autograd(_pull_norm, setup_context=_remember_norm)
 add_norm.register_autograd(_pull_add_norm, setup_context=_remember_add_norm)
 norm_relevance.register_autograd(_transpose, setup_context=_remember_relevance)

@@ -48,8 +48,7 @@ def softmax(
     return reference.softmax(scores, mask, scale, dtype or scores.dtype)
 
 
-@softmax.register_fake
-def _(
+def _fake_softmax(
     scores: Tensor, mask: Tensor | None = None, scale: float = 1.0, dtype: torch.dtype | None = None
 ) -> Tensor:
     return torch.empty(scores.shape, dtype=dtype or scores.dtype, device=scores.device)
@@ -78,8 +77,7 @@ def softmax_relevance(coefficient: Tensor, probabilities: Tensor, scale: float =
     return reference.softmax_relevance(coefficient, probabilities, scale)
 
 
-@softmax_relevance.register_fake
-def _(coefficient: Tensor, probabilities: Tensor, scale: float = 1.0) -> Tensor:
+def _fake_softmax_relevance(coefficient: Tensor, probabilities: Tensor, scale: float = 1.0) -> Tensor:
     return torch.empty(coefficient.shape, dtype=coefficient.dtype, device=coefficient.device)
 
 
@@ -114,5 +112,7 @@ def _transpose(ctx: Any, coefficient: Tensor) -> tuple[Tensor, None, None]:
     return softmax_relevance(coefficient, probabilities, ctx.scale), None, None
 
 
+softmax.register_fake(_fake_softmax)
+softmax_relevance.register_fake(_fake_softmax_relevance)
 softmax.register_autograd(_pull, setup_context=_remember)
 softmax_relevance.register_autograd(_transpose, setup_context=_remember_relevance)

@@ -93,14 +93,17 @@ class Tiles:
         """The tile for rows of so many columns; a symbol gets one that is right for any number of them."""
         width = max(_NARROWEST, 1 << (likely(columns, 1024) - 1).bit_length())
         if known(columns) is None or width > self.widest:
-            width = min(width, self.looped.columns)
-            return self.looped if width == self.looped.columns else replace(self._one(width), loops=True)
+            return self._looped(min(width, self.looped.columns))
         return self._one(width)
 
     def all(self) -> list[Tile]:
-        """Every tile that :meth:`of` can choose for a number that is known."""
+        """Every tile that :meth:`of` can choose."""
         widths = [1 << i for i in range(_NARROWEST.bit_length() - 1, self.widest.bit_length())]
-        return [*(self._one(width) for width in widths), self.looped]
+        looped = [self._looped(width) for width in widths if width <= self.looped.columns]
+        return [*map(self._one, widths), *looped]
+
+    def _looped(self, width: int) -> Tile:
+        return self.looped if width == self.looped.columns else replace(self._one(width), loops=True)
 
     def _one(self, width: int) -> Tile:
         elements = max(width, _ELEMENTS)

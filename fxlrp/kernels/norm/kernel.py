@@ -20,7 +20,14 @@ from torch import Tensor
 from ..launch import DTYPES, Variant, launch
 from ..rows import Tile, Tiles, as_k_rows, as_rows
 
-TILES = Tiles(widest=16384, per_thread=32, looped=Tile(1, 8192, 16, loops=True))
+TILES = Tiles(widest=16384, per_thread=32, looped=Tile(1, 4096, 16, loops=True))
+#: By whether the mean is taken away; if not, nothing is summed along a row, so that loops read it once too.
+RELEVANCE_TILES = {
+    True: Tiles(widest=16384, per_thread=16, looped=Tile(1, 4096, 16, loops=True)),
+    False: Tiles(widest=4096, per_thread=16, looped=Tile(1, 4096, 16, loops=True)),
+}
+#: Tiles of a loop that are under way or in use at a time.
+_STAGES = tl.constexpr(2)
 
 
 @triton.jit
@@ -96,7 +103,7 @@ def _norm_kernel(
         means = tl.zeros((ROWS, COLUMNS), tl.float32)
         squares = tl.zeros((ROWS, COLUMNS), tl.float32)
         seen = 0.0
-        for start in range(0, columns, COLUMNS):
+        for start in tl.range(0, columns, COLUMNS, num_stages=_STAGES):
             there = is_row & (start + at < columns)
             value = _sum(x, residual, start + at, there, "evict_last", dtype)
             if CENTRED:
@@ -112,7 +119,7 @@ def _norm_kernel(
             mean = (tl.sum(means * counts, 1) / columns)[:, None]
             squares += counts * (means - mean) * (means - mean)
         scale = tl.rsqrt(tl.sum(squares, 1) / columns + eps)[:, None]
-        for start in range(0, columns, COLUMNS):
+        for start in tl.range(0, columns, COLUMNS, num_stages=_STAGES):
             there = is_row & (start + at < columns)
             value = _sum(x, residual, start + at, there, "evict_first", dtype)
             normal = (value - mean) * scale
@@ -177,12 +184,12 @@ def _relevance_kernel(
             mean = 0.0
             if CENTRED:
                 lanes = tl.zeros((ROWS, COLUMNS), tl.float32)
-                for start in range(0, columns, COLUMNS):
+                for start in tl.range(0, columns, COLUMNS, num_stages=_STAGES):
                     if weight is not None:
                         factor = _factor(weight, start + at, columns, offset)
                     lanes += _weighted(coefficient, factor, start + at, is_row & (start + at < columns))
                 mean = (tl.sum(lanes, 1) / columns)[:, None]
-            for start in range(0, columns, COLUMNS):
+            for start in tl.range(0, columns, COLUMNS, num_stages=_STAGES):
                 there = is_row & (start + at < columns)
                 if weight is not None:
                     factor = _factor(weight, start + at, columns, offset)
@@ -254,7 +261,7 @@ def run_relevance(
         return out
     g = as_k_rows(coefficient, rstd.dim())
     a = None if added is None else as_k_rows(added, rstd.dim())
-    tile = tile or TILES.of(columns)
+    tile = tile or RELEVANCE_TILES[centred].of(columns)
     launch(_relevance_kernel)[(triton.cdiv(g.shape[1], tile.rows),)](
         g,
         rstd.contiguous(),
@@ -281,15 +288,19 @@ def run_relevance(
 
 
 def variants() -> Iterator[Variant]:
-    """The form with every operand for all tiles, those without for the tiles of most registers."""
-    for name, tile, centred in itertools.product(DTYPES.values(), TILES.all(), (True, False)):
-        full = centred or tile.loops or tile.columns == TILES.widest
-        for optional in (("residual", "weight", "bias"), ("weight", "bias"), ("weight",), ()):
-            if full if len(optional) == 3 else tile.columns == TILES.widest:
-                yield _forward(name, optional, centred, tile)
-        for optional in (("weight", "added"), ("weight",), ()):
-            if full if len(optional) == 2 else tile.columns == TILES.widest:
-                yield _relevance(name, optional, centred, tile)
+    """The form with every operand for all tiles, those without for the widest, which takes most registers."""
+    for name, centred in itertools.product(DTYPES.values(), (True, False)):
+        for tile in TILES.all():
+            yield _forward(name, ("residual", "weight", "bias"), centred, tile)
+            if tile.columns == TILES.widest:
+                for given in (("weight", "bias"), ("weight",), ()):
+                    yield _forward(name, given, centred, tile)
+        tiles = RELEVANCE_TILES[centred]
+        for tile in tiles.all():
+            yield _relevance(name, ("weight", "added"), centred, tile)
+            if tile.columns == tiles.widest:
+                for given in (("weight",), ()):
+                    yield _relevance(name, given, centred, tile)
 
 
 def _forward(name: str, given: tuple[str, ...], centred: bool, tile: Tile) -> Variant:

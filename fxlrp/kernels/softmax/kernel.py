@@ -22,8 +22,14 @@ from torch import Tensor
 from ..launch import DTYPES, Variant, launch
 from ..rows import Tile, Tiles, as_k_rows, as_rows
 
-TILES = Tiles(widest=16384, per_thread=32, looped=Tile(1, 8192, 16, loops=True))
+#: By bytes of a score: what loops fetch ahead fits 96 KiB of shared memory, a mask in float32 included.
+TILES = {
+    2: Tiles(widest=16384, per_thread=32, looped=Tile(1, 8192, 16, loops=True)),
+    4: Tiles(widest=16384, per_thread=32, looped=Tile(1, 4096, 16, loops=True)),
+}
 RELEVANCE_TILES = Tiles(widest=8192, per_thread=16, looped=Tile(1, 4096, 16, loops=True))
+#: Tiles of a loop that are under way or in use at a time.
+_STAGES = tl.constexpr(3)
 
 
 @triton.jit
@@ -79,7 +85,7 @@ def _softmax_kernel(
     if LOOPS:
         # Each lane keeps its own maximum and sum; they meet once, after the loop.
         top, total = first, tl.where(first == float("-inf"), 0.0, 1.0)
-        for start in range(COLUMNS, columns, COLUMNS):
+        for start in tl.range(COLUMNS, columns, COLUMNS, num_stages=_STAGES):
             there = is_row & (start + at < columns)
             x = _scaled(scores, mask, start + at, there, scale, MASK, ALONG, "evict_last")
             higher = tl.maximum(top, x)
@@ -95,7 +101,7 @@ def _softmax_kernel(
     factor = tl.where(total == 0.0, 0.0, 1.0 / total)
     tl.store(out + at, (tl.exp(first - peak) * factor).to(out.dtype.element_ty), mask=inside)
     if LOOPS:
-        for start in range(COLUMNS, columns, COLUMNS):
+        for start in tl.range(COLUMNS, columns, COLUMNS, num_stages=_STAGES):
             there = is_row & (start + at < columns)
             x = _scaled(scores, mask, start + at, there, scale, MASK, ALONG, "evict_first")
             value = tl.exp(x - peak) * factor
@@ -131,7 +137,7 @@ def _relevance_kernel(
         g = tl.load(coefficient + at, mask=inside, other=0.0).to(tl.float32)
         lanes = s * g
         if LOOPS:
-            for start in range(COLUMNS, columns, COLUMNS):
+            for start in tl.range(COLUMNS, columns, COLUMNS, num_stages=_STAGES):
                 there = is_row & (start + at < columns)
                 p = tl.load(probabilities + start + at, mask=there, other=0.0, eviction_policy="evict_last")
                 c = tl.load(coefficient + start + at, mask=there, other=0.0, eviction_policy="evict_last")
@@ -139,7 +145,7 @@ def _relevance_kernel(
         total = tl.sum(lanes, 1)[:, None]
         tl.store(out + at, (scale * s * (g - total)).to(out.dtype.element_ty), mask=inside)
         if LOOPS:
-            for start in range(COLUMNS, columns, COLUMNS):
+            for start in tl.range(COLUMNS, columns, COLUMNS, num_stages=_STAGES):
                 there = is_row & (start + at < columns)
                 p = tl.load(probabilities + start + at, mask=there, other=0.0)
                 c = tl.load(coefficient + start + at, mask=there, other=0.0, eviction_policy="evict_first")
@@ -158,7 +164,7 @@ def run_softmax(
     if out.numel() == 0:
         return out
     x = as_rows(scores, columns)
-    tile = tile or TILES.of(columns)
+    tile = tile or TILES[x.dtype.itemsize].of(columns)
     kind, along, broadcast, heads, queries, strides = _mask(mask, scores)
     launch(_softmax_kernel)[(triton.cdiv(x.shape[0], tile.rows),)](
         x,
@@ -230,15 +236,19 @@ def run_relevance(
     return out
 
 
-_MASKS = {"keep": "*u8", "add": ""}  # an added mask in the dtype of the scores
+#: Their types: what is added comes in float32 or in less.
+_MASKS = {"keep": "*u8", "add": "*fp32"}
 
 
 def variants() -> Iterator[Variant]:
     """Every tile with every dtype; masks, which take a register more, with the tiles of most registers."""
-    for name, tile in itertools.product(DTYPES.values(), TILES.all()):
-        masked = tile.loops or tile.columns == TILES.widest
-        for mask in ("none", *_MASKS) if masked else ("none",):
-            yield _forward(name, mask, tile)
+    for dtype, name in DTYPES.items():
+        tiles = TILES[dtype.itemsize]
+        for tile in tiles.all():
+            for mask in (
+                ("none", *_MASKS) if tile.columns in (tiles.looped.columns, tiles.widest) else ("none",)
+            ):
+                yield _forward(name, mask, tile)
     for name, tile in itertools.product(DTYPES.values(), RELEVANCE_TILES.all()):
         yield _relevance(name, tile)
 
@@ -254,7 +264,7 @@ def _forward(name: str, mask: str, tile: Tile) -> Variant:
     if mask == "none":
         constants["mask"] = None
     else:
-        signature["mask"] = _MASKS[mask] or f"*{name}"
+        signature["mask"] = _MASKS[mask]
     label = f"softmax, {name}, {mask.replace('none', 'no')} mask, {tile}"
     return Variant(label, _softmax_kernel, signature, constants, num_warps=tile.warps)
 

@@ -16,7 +16,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def as_rows(x: Tensor, columns: Any) -> Tensor:
-    """``[..., columns]`` as ``[rows, columns]`` with columns side by side; a copy only where no view does it."""
+    """``[..., columns]`` as ``[rows, columns]`` with columns side by side; a copy only where no view does."""
     x = x.reshape(math.prod(x.shape[:-1]), columns)
     return x if x.stride(-1) == 1 else x.contiguous()
 

@@ -1,9 +1,11 @@
 """Gated activations ``f(a) * b``, plain ones, and their relevance: both coefficients in one pass.
 
-Predicted on an H200, unmeasured: all are bound by memory. The gate moves 3 tensors (a, b in, product out), its relevance
-5 (G, a, b in, both coefficients out), for K coefficients 2 + 3K; an activation 2, its relevance 3, for K
-coefficients 1 + 2K. Values are read once for all K. Work is an exponential and a division an element (for
-GELU an erf, about 25 operations), below half of what the time of the traffic allows.
+Predicted on an H200, unmeasured: all are bound by memory. The gate moves 3 tensors (a, b in, product out),
+its relevance 5 (G, a, b in, both coefficients out), for K coefficients 2 + 3K; an activation 2, its
+relevance 3, for K coefficients 1 + 2K. Values are read once for all K. At 4.3 TB/s of copy bandwidth, the
+relevance of 64 Mi elements in bfloat16 (671 MB) takes 156 us, at the 85 % aimed at 184 us. Work is an
+exponential and a division an element (for GELU an erf, about 25 operations), below half of what the time of
+the traffic allows.
 """
 
 from __future__ import annotations
@@ -88,9 +90,9 @@ def _fake_activation_relevance(coefficient: Tensor, x: Tensor, activation: str) 
 def gate(a: Tensor, b: Tensor, activation: str) -> Tensor:
     """``f(a) * b``, computed in float32: SwiGLU, GeGLU, ReGLU by the activation's name.
 
-    With G in place of b it is the relevance of a gate whose f(a) is frozen (CP-LRP), ``f(a) G``; so b may have a
-    leading size K that a has not. The derivative gives both coefficients by the uniform rule, 1/2 each
-    (:func:`gate_relevance`).
+    With G in place of b it is the relevance of a gate whose f(a) is frozen (CP-LRP), ``f(a) G``; so b may
+    have a leading size K that a has not. The derivative gives both coefficients by the uniform rule, 1/2
+    each (:func:`gate_relevance`).
 
     Args:
         a: ``[..., columns]``; halves of a packed tensor are read in place.

@@ -1,7 +1,7 @@
 """Activations, gates and their relevance in Triton: elementwise over tiles of rows and columns.
 
-Tensors whose elements lie side by side count as one row; halves of packed tensors are rows that lie apart. A
-program does one tile for all K coefficients, so that values and what is made of them stay in registers.
+Tensors whose elements lie side by side count as one row; halves of packed tensors are rows that lie apart.
+A program does one tile for all K coefficients, so that values and what is made of them stay in registers.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -20,11 +20,11 @@ from ..launch import DTYPES, Variant, launch
 from ..rows import Tile, as_k_rows, as_rows, known, likely, with_k
 from .reference import ACTIVATIONS, halves
 
-#: Bytes of each tensor that one program of 4 warps does: two loads of 16 bytes a thread. Of a gate's relevance,
-#: which reads three tensors and keeps two results, one.
+#: Bytes of each tensor that one program of 4 warps does: two loads of 16 bytes a thread. Of a gate's
+#: relevance, which reads three tensors and keeps two results, one.
 _BYTES, _BYTES_OF_GATE = 4096, 2048
 _WARPS = 4
-#: The least power of 2 by which the columns must be divisible to be the width of a tile that leaves none over.
+#: The least width of a tile that is taken because it divides the columns, so that no lane is idle.
 _NARROW = 256
 
 
@@ -58,11 +58,7 @@ def _ratio(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def _value(x, ratio, ACTIVATION: tl.constexpr):
     """f(x), from f(x)/x where that has the limits of f."""
-    if ACTIVATION == "relu":
-        f = tl.where(x <= 0.0, 0.0, x)
-    else:
-        f = x * ratio
-    return f
+    return tl.where(x <= 0.0, 0.0, x) if ACTIVATION == "relu" else x * ratio
 
 
 @triton.jit
@@ -135,7 +131,7 @@ def _relevance_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Both coefficients; without b that of a is 0, without ``of_b`` both go into one tensor at their places."""
+    """Both coefficients; without b that of a is 0, without ``of_b`` they go to their places in ``of_a``."""
     row, start = _place(columns, ROWS, COLUMNS)
     at = tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (at < columns - start)
@@ -151,11 +147,8 @@ def _relevance_kernel(
     to_b = share_b * _value(value, ratio, ACTIVATION)
     to_a = tl.zeros_like(value)
     if b is not None:
-        to_a = (
-            share_a
-            * ratio
-            * tl.load(b + wide_row * b_row + start + at, mask=inside, other=0.0).to(tl.float32)
-        )
+        factor = tl.load(b + wide_row * b_row + start + at, mask=inside, other=0.0).to(tl.float32)
+        to_a = share_a * ratio * factor
     for _ in range(count):
         g = tl.load(coefficient + at, mask=inside, other=0.0).to(tl.float32)
         if b is None:
@@ -181,7 +174,7 @@ def _tile(columns: Any, elements: int) -> Tile:
 def _as_matrices(
     values: Sequence[Tensor], coefficients: Sequence[Tensor], flat: bool = True
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Values as ``[rows, columns]`` and coefficients as ``[K, rows, columns]``; one row where all are dense."""
+    """Values as ``[rows, columns]``, coefficients as ``[K, rows, columns]``; one row where all are dense."""
     shape = values[0].shape
     with_lead = [with_k(c, len(shape)) for c in coefficients]
     if flat and all(t.is_contiguous() for t in (*values, *with_lead)):
@@ -313,22 +306,32 @@ def _relevance(
     )
 
 
+_FORMS = ("activation", "activation relevance", "gate")
+_RELEVANCE_FORMS = ("gate relevance", "packed gate relevance", "packed frozen gate relevance")
+
+
 def variants() -> Iterator[Variant]:
-    """Every activation in every form with the widest tile; every tile with GELU, which takes most registers."""
+    """Every activation and form with the widest tile; all tiles with GELU, which takes most registers."""
     for dtype, name in DTYPES.items():
-        for activation, tile in _tiles(_BYTES // dtype.itemsize):
-            for form in ("activation", "activation relevance", "gate"):
-                yield _times_variant(name, activation, form, tile)
-        for activation, tile in _tiles(_BYTES_OF_GATE // dtype.itemsize):
-            for form in ("gate relevance", "packed gate relevance", "packed frozen gate relevance"):
-                yield _relevance_variant(name, activation, form, tile)
+        wide, half = (_one_row(size // dtype.itemsize) for size in (_BYTES, _BYTES_OF_GATE))
+        for activation in ACTIVATIONS:
+            for form in _FORMS:
+                yield _times_variant(name, activation, form, wide)
+            for form in _RELEVANCE_FORMS:
+                yield _relevance_variant(name, activation, form, half)
+        for tile in _narrower(wide):
+            yield _times_variant(name, "gelu", "gate", tile)
+        for tile in _narrower(half):
+            yield _relevance_variant(name, "gelu", "gate relevance", tile)
 
 
-def _tiles(elements: int) -> Iterator[tuple[str, Tile]]:
-    for activation in ACTIVATIONS:
-        yield activation, Tile(1, elements, _WARPS)
-    for width in (1 << i for i in range(5, elements.bit_length() - 1)):
-        yield "gelu", Tile(elements // width, width, _WARPS)
+def _one_row(elements: int) -> Tile:
+    return Tile(1, elements, _WARPS)
+
+
+def _narrower(tile: Tile) -> Iterator[Tile]:
+    for width in (1 << i for i in range(5, tile.columns.bit_length() - 1)):
+        yield Tile(tile.columns // width, width, _WARPS)
 
 
 def _times_variant(name: str, activation: str, form: str, tile: Tile) -> Variant:

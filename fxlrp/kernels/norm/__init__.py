@@ -1,11 +1,12 @@
 """RMSNorm and LayerNorm with the residual sum before them, and the LN-rule's relevance.
 
-Predicted on an H200, unmeasured: all are bound by memory. The norm moves 2 tensors (x in, y out), with the residual
-sum 4 (x, residual in; h, y out), the relevance 2 (G in, coefficient out), 3 with an added coefficient, for K
-coefficients K times that. The weight comes from the caches, and of the statistics one float a row is kept: 1/std, the
-mean being needed for no relevance. Rows of up to 16,384 columns are read once. Longer ones are read twice where
-there is a sum along them, the second time from the L2 cache. Work is about 10 operations an element, a
-tenth of what the time of the traffic allows.
+Predicted on an H200, unmeasured: all are bound by memory. The norm moves 2 tensors (x in, y out), with the
+residual sum 4 (x, residual in; h, y out), the relevance 2 (G in, coefficient out), 3 with an added
+coefficient, for K coefficients K times that. The weight comes from the caches. Of the statistics one float
+a row is kept, 1/std: no relevance needs the mean. Rows of up to 16,384 columns are read once; longer ones
+twice where there is a sum along them, the second time from the L2 cache. At 4.3 TB/s of copy bandwidth,
+16,384 rows of 4096 columns in bfloat16 with the residual sum (537 MB) take 125 us, at the 85 % aimed at 147
+us. Work is about 10 operations an element, a tenth of what the time of the traffic allows.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ def norm(
     offset: float = 0.0,
     centred: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``y = (offset + w) * C(x) * rstd + b`` with ``rstd = 1 / sqrt(mean(C(x)^2) + eps)``, in float32 at least.
+    """``y = (offset + w) * C(x) * rstd + b`` with ``rstd = 1 / sqrt(mean(C(x)^2) + eps)``.
 
-    C is the identity for RMSNorm, and takes the mean away for LayerNorm (``centred``). The derivative is
-    the LN-rule's, with rstd held fixed (:func:`norm_relevance`); weight and bias carry no relevance.
+    Computed in float32 (float64 for float64). C is the identity for RMSNorm, and takes the mean away for
+    LayerNorm (``centred``). The derivative is the LN-rule's, with rstd held fixed (:func:`norm_relevance`);
+    weight and bias carry no relevance.
 
     Args:
         x: ``[..., columns]``.
@@ -44,7 +46,7 @@ def norm(
         centred: whether the mean is taken away.
 
     Returns:
-        y in the shape and dtype of x, and rstd ``[..., 1]`` in float32 (float64 for float64); both contiguous.
+        y in the shape and dtype of x, rstd ``[..., 1]`` in float32 (float64 for float64); contiguous.
 
     Source: Zhang and Sennrich 2019; Ba et al. 2016. Ali et al. 2022, eq. 13, for the derivative.
     """

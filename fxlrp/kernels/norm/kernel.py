@@ -1,8 +1,8 @@
 """Normalisation and its relevance in Triton: a program holds one or several rows, or goes along one twice.
 
-The weight is read by every program, from the L1 or L2 cache; programs of narrow rows hold several and read it
-once. Statistics of a row that is longer than the tile are Welford's, a lane each, so that a mean that is large
-beside the deviation costs no digits.
+The weight is read by every program, from the L1 or L2 cache; programs of narrow rows hold several and read
+it once. Statistics of a row that is longer than the tile are Welford's, a lane each, so that a mean that is
+large beside the deviation costs no digits.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -211,7 +211,10 @@ def run_norm(
     centred: bool,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, h and rstd of :func:`fxlrp.kernels.norm.add_norm`; without a residual h is x. ``tile`` for tuning."""
+    """y, h and rstd of :func:`fxlrp.kernels.norm.add_norm`; without a residual h is x.
+
+    ``tile`` is for tests and tuning.
+    """
     columns = x.shape[-1]
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)

@@ -1,9 +1,9 @@
 """The softmax and its relevance in Triton: a program holds one or several rows, or goes along one.
 
-Of a row that is longer than the tile the first tile stays in registers, the others are read twice. So the looped
-form reads a row once too where it fits, which is what a number of columns that is a symbol needs. Longer
-rows are gone along by programs of 16 warps, of which few fit a multiprocessor: what all of them are about to read
-again then stays in the L2 cache.
+Of a row that is longer than the tile the first tile stays in registers, the others are read twice. So the
+looped form reads a row once too where it fits, which is what a number of columns that is a symbol needs.
+Long rows have programs of 16 warps, of which one or two fit a multiprocessor: what all of them are about to
+read again then stays in the L2 cache.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -34,7 +34,7 @@ _STAGES = tl.constexpr(3)
 
 @triton.jit
 def _scaled(scores, mask, at, inside, scale, MASK: tl.constexpr, ALONG: tl.constexpr, policy: tl.constexpr):
-    """``scale * scores + mask`` at a tile's columns; -inf outside. ``scores`` and ``mask`` point at the rows."""
+    """``scale * scores + mask`` at a tile's columns; -inf outside. The pointers are those of the rows."""
     x = tl.load(scores + at, mask=inside, other=0.0, eviction_policy=policy).to(tl.float32) * scale
     if MASK != "none":
         m = tl.load(mask + at * ALONG, mask=inside, other=0, eviction_policy=policy)

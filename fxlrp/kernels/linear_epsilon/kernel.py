@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..launch import DTYPES, Variant, launch
 from ..matmul import Tiles, choose, hint, shared_memory
-from ..matmul.kernel import add_parts, tile_of
+from ..matmul.kernel import add_parts, steps_of, tile_of
 
 #: Blocks of rows that go through the columns together.
 _GROUP = 8
@@ -19,7 +19,7 @@ _GROUP = 8
 #: Largest first, by whether tensor cores multiply (half precision, TensorFloat-32) or not (float32).
 _TENSOR_CORES = {
     torch.bfloat16: (
-        Tiles(128, 256, 64, warps=8, stages=3, shared=192),
+        Tiles(128, 256, 32, warps=8, stages=4, shared=192),
         Tiles(128, 128, 32, warps=8, stages=3, shared=96),
         Tiles(64, 128, 64, warps=4, stages=3, shared=96),
         Tiles(16, 64, 128, warps=4, stages=3, shared=96),
@@ -135,17 +135,13 @@ def relevance_kernel(
 
     Row ``r`` is ``(m, k) = (r // count, r % count)``, so that one tile holds the coefficients of few values.
     """
-    row_block, column_block = tile_of(
-        tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP
-    )
+    row_block, column_block = tile_of(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
     part = tl.program_id(1)
     r = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n = column_block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     m, k = r // count, r % count
     row, column = (r < rows)[:, None], (n < columns)[None, :]
-    steps = tl.cdiv(depth, DEPTH)
-    first = part * tl.cdiv(steps, PARTS)
-    last = tl.minimum(first + tl.cdiv(steps, PARTS), steps)
+    first, last = steps_of(part, depth, PARTS, DEPTH)
     d = first.to(tl.int64) * DEPTH + tl.arange(0, DEPTH)
     g_tile = g + (k * g_k + m * g_m)[:, None] + d[None, :] * g_d
     z_tile = z + (m * z_m)[:, None] + d[None, :] * z_d
@@ -167,12 +163,23 @@ def relevance_kernel(
         g_tile += DEPTH * g_d
         z_tile += DEPTH * z_d
         w_tile += DEPTH * w_d
-    inside = row & column
+    values = tl.cast(tl.cdiv(rows, count), tl.int64)
+    out += part.to(tl.int64) * rows * columns
+    if COLUMNS > 128:  # in halves, which take fewer registers
+        halves = tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)).split()
+        for half in tl.static_range(2):
+            c = column_block.to(tl.int64) * COLUMNS + half * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+            _store(halves[half], x, out, m, k * values + m, r < rows, c, columns, x_m, x_n, TIMES_X)
+    else:
+        _store(total, x, out, m, k * values + m, r < rows, n, columns, x_m, x_n, TIMES_X)
+
+
+@triton.jit
+def _store(total, x, out, m, out_row, is_row, n, columns, x_m, x_n, TIMES_X: tl.constexpr):
+    inside = is_row[:, None] & (n < columns)[None, :]
     if TIMES_X:
         total *= tl.load(x + (m * x_m)[:, None] + n[None, :] * x_n, mask=inside, other=0.0).to(tl.float32)
-    values = tl.cdiv(rows, count).to(tl.int64)
-    place = part.to(tl.int64) * rows * columns + ((k * values + m) * columns)[:, None] + n[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + (out_row * columns)[:, None] + n[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 def variants() -> Iterator[Variant]:

@@ -37,6 +37,41 @@ def tile_of(program, row_blocks, column_blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
+def steps_of(part, depth, PARTS: tl.constexpr, DEPTH: tl.constexpr):
+    """The first step over the reduction of a part of it, and that after its last."""
+    steps = tl.cdiv(depth, DEPTH)
+    each = tl.cdiv(steps, PARTS)
+    first = part * each
+    return first, tl.minimum(first + each, steps)
+
+
+@triton.jit
+def down(v, SWAP: tl.constexpr):
+    """A vector of indices along the first axis of a matrix, or along the second of its transpose."""
+    return v[None, :] if SWAP else v[:, None]
+
+
+@triton.jit
+def across(v, SWAP: tl.constexpr):
+    """A vector of indices along the second axis of a matrix, or along the first of its transpose."""
+    return v[:, None] if SWAP else v[None, :]
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWAP: tl.constexpr):
+    """What products are added to: a matrix, or its transpose."""
+    return tl.zeros((COLUMNS, ROWS) if SWAP else (ROWS, COLUMNS), tl.float32)
+
+
+@triton.jit
+def dot(a, b, total, PRECISION: tl.constexpr, SWAP: tl.constexpr):
+    """``total + a b``, or of transposes ``total + b a``: then b, which is changed on the way, may stay in
+    registers, and few rows of a fill the instruction's shorter side.
+    """
+    return tl.dot(b if SWAP else a, a if SWAP else b, total, input_precision=PRECISION)
+
+
+@triton.jit
 def sum_parts(parts, out, n, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """``out[i] = sum_p parts[p, i]``, one block of i a program."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -1,6 +1,6 @@
 """Kernels compiled ahead of time for GPUs that need not be there: registers, shared memory, spills.
 
-    python -m bench.aot [--jobs N] [--only softmax] [--targets sm_90] [--default] [--write]
+    python -m bench.aot [--jobs N] [--only softmax] [--targets sm_90] [--sample] [--write]
 
 Compiles every variant of every kernel (``variants()`` of each folder's ``kernel.py``) with Triton's own
 compilers, which need no device. Pointers and integers count as divisible by 16, as they are for the
@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import importlib
+import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import pkgutil
@@ -112,6 +114,32 @@ def variants(only: Iterable[str] = ()) -> Iterator[tuple[str, Variant]]:
             yield from ((name, variant) for variant in module.variants())
 
 
+#: A folder, its variant, and what to compile it for.
+Job = tuple[str, Variant, Target]
+
+
+def jobs(only: Iterable[str] = (), targets: Iterable[str] = ()) -> list[Job]:
+    """Every variant for each target that it is for; of some folders and targets only, where named."""
+    wanted = [t for t in TARGETS if not targets or t.name in targets]
+    return [(f, v, t) for f, v in variants(only) for t in wanted if t.name in v.targets]
+
+
+def sample(work: Iterable[Job]) -> list[Job]:
+    """The largest default variant of each function, dtype and target: what takes most memory."""
+    largest: dict[tuple[str, str, str, str], Job] = {}
+    for job in work:
+        folder, variant, target = job
+        key = folder, variant.kernel.fn.__name__, dtype_of(variant), target.name
+        if variant.is_default and (key not in largest or _size(variant) >= _size(largest[key][1])):
+            largest[key] = job
+    return list(largest.values())
+
+
+def _size(variant: Variant) -> int:
+    numbers = [c for c in variant.constants.values() if type(c) is int and c > 0]
+    return math.prod(numbers)
+
+
 def dtype_of(variant: Variant) -> str:
     """The element type of a variant's first pointer, such as ``bf16``."""
     return next((kind[1:] for kind in variant.signature.values() if kind.startswith("*")), "")
@@ -165,32 +193,29 @@ def _used(asm: Mapping[str, Any]) -> tuple[int, int]:
     return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
 
 
-_shared_out: list[tuple[str, Variant]] = []  # in a worker: what its parent enumerated
+_inherited: list[Job] = []  # in a worker: its parent's, since Triton's functions cannot be pickled
 
 
-def _adopt(work: list[tuple[str, Variant]]) -> None:
-    _shared_out[:] = work
+def _inherit(work: list[Job]) -> None:
+    _inherited[:] = work
 
 
-def _compile(index: int, target: Target) -> Compiled:
-    return compile_variant(*_shared_out[index], target)
+def _compile(index: int) -> Compiled:
+    return compile_variant(*_inherited[index])
 
 
-def compile_all(
-    work: Sequence[tuple[str, Variant]], targets: Sequence[Target] = TARGETS, jobs: int = 1
-) -> Iterator[Compiled]:
-    """Each variant for each target, in order; in several processes where asked for."""
+def compile_all(work: Sequence[Job], processes: int = 1) -> Iterator[Compiled]:
+    """Each job, in order; in several processes where asked for."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile: unset it before Triton is imported")
-    if jobs == 1:
-        yield from (compile_variant(*item, target) for item in work for target in targets)
+    if processes == 1:
+        yield from (compile_variant(*job) for job in work)
         return
     pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("fork"), initializer=_adopt, initargs=(list(work),)
+        processes, multiprocessing.get_context("fork"), initializer=_inherit, initargs=(list(work),)
     )
     with pool:
-        pending = [pool.submit(_compile, i, target) for i in range(len(work)) for target in targets]
-        yield from (future.result() for future in pending)
+        yield from pool.map(_compile, range(len(work)))
 
 
 def summarise(found: Iterable[Compiled]) -> str:
@@ -276,40 +301,45 @@ def dump(kept: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """Compile, print the table and what is at fault; with ``--json`` and ``--out``, write them."""
+    """Compile, print the table and what is at fault; with ``--write``, keep both."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
     parser.add_argument("--only", nargs="*", default=(), choices=kernels(), help="kernels")
-    parser.add_argument("--targets", nargs="*", choices=[t.name for t in TARGETS], help="GPUs")
-    parser.add_argument("--default", action="store_true", help="only what launches choose")
+    parser.add_argument("--targets", nargs="*", default=(), choices=[t.name for t in TARGETS], help="GPUs")
+    parser.add_argument("--sample", action="store_true", help="the largest variant of each function only")
     parser.add_argument("--lines", action="store_true", help="print each result as a line of JSON")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name} and {TABLE.name}")
     options = parser.parse_args()
-    import triton
-
-    work = [(name, v) for name, v in variants(options.only) if v.is_default or not options.default]
-    targets = [t for t in TARGETS if not options.targets or t.name in options.targets]
-    start, total = time.perf_counter(), len(work) * len(targets)
-    found: list[Compiled] = []
-    for one in compile_all(work, targets, options.jobs):
+    if options.write and (options.sample or options.targets):
+        parser.error("--write takes all variants and targets: leave out --sample and --targets")
+    work = jobs(options.only, options.targets)
+    work = sample(work) if options.sample else work
+    start, found = time.perf_counter(), []
+    for one in compile_all(work, options.jobs):
         found.append(one)
         if options.lines:
             print(json.dumps(asdict(one) | {"fault": one.fault()}), flush=True)
         elif len(found) % 20 == 0:
-            print(f"[{len(found)}/{total}] {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            spent = time.perf_counter() - start
+            print(f"[{len(found)}/{len(work)}] {spent:.0f} s", file=sys.stderr, flush=True)
     if options.write:
-        kept = stored(found)
-        if options.only and RESULTS.exists():
-            kept = dict(sorted({**json.loads(RESULTS.read_text()), **kept}.items()))
-        RESULTS.write_text(dump(kept))
-        TABLE.write_text(document(restored(kept), triton.__version__))
+        _write(found, whole=not options.only)
     if not options.lines:
         print(summarise(found))
     faults = [f"{c.kernel}: {c.label} for {c.target}: {c.fault()}" for c in found if c.fault()]
     print(*faults, f"{len(found)} compiled, {len(faults)} at fault", sep="\n", file=sys.stderr)
     sys.exit(bool(faults))
+
+
+def _write(found: Sequence[Compiled], whole: bool) -> None:
+    import triton
+
+    kept = {} if whole or not RESULTS.exists() else json.loads(RESULTS.read_text(encoding="utf-8"))
+    kept = dict(sorted({**kept, **stored(found)}.items()))
+    RESULTS.write_text(dump(kept), encoding="utf-8")
+    TABLE.write_text(document(restored(kept), triton.__version__), encoding="utf-8")
 
 
 if __name__ == "__main__":

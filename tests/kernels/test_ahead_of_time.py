@@ -26,12 +26,15 @@ def _python(*args):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", aot.kernels())
-def test_what_launches_choose_compiles_without_spills(folder):
-    """Would break if a default configuration spilled, outgrew shared memory or did not compile somewhere."""
-    result = _python("-m", "bench.aot", "--default", "--lines", "--jobs", "1", "--only", folder)
+def test_the_largest_of_what_launches_choose_compiles_without_spills(folder):
+    """Would break if a default configuration spilled, outgrew shared memory or did not compile somewhere.
+
+    The largest of each function, dtype and target; `python -m bench.aot` compiles them all, in minutes.
+    """
+    result = _python("-m", "bench.aot", "--sample", "--lines", "--jobs", "1", "--only", folder)
     found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    expected = [v for _, v in aot.variants([folder]) if v.is_default]
-    assert len(found) == len(expected) * len(aot.TARGETS), result.stderr[-2000:]
+    expected = aot.sample(aot.jobs([folder]))
+    assert len(found) == len(expected) > 0, result.stderr[-2000:]
     assert {f["target"] for f in found} == {t.name for t in aot.TARGETS}
     faults = [f"{f['label']} for {f['target']}: {f['fault']}" for f in found if f["fault"]]
     assert not faults
@@ -93,6 +96,6 @@ def test_the_committed_table_lists_the_variants_of_the_code():
     defined = {(folder, v.label, aot.dtype_of(v), v.is_default) for folder, v in aot.variants()}
     assert listed == defined
     found = aot.restored(kept)
-    assert len(found) == len(defined) * len(aot.TARGETS)
+    assert len(found) == len(aot.jobs())
     assert not [c for c in found if c.fault()]
     assert aot.summarise(found) in aot.TABLE.read_text(encoding="utf-8")

@@ -115,5 +115,5 @@ def shared_memory(device: torch.device) -> int:
 
 @functools.cache
 def _device_shared_memory(index: int) -> int:
-    size: int = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    size: int = getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin")  # noqa: B009
     return size // 1024

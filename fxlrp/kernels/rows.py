@@ -103,7 +103,7 @@ class Tiles:
         return [*map(self._one, widths), *looped]
 
     def _looped(self, width: int) -> Tile:
-        return self.looped if width == self.looped.columns else replace(self._one(width), loops=True)
+        return self.looped if width == self.looped.columns else replace(self._one(width), warps=8, loops=True)
 
     def _one(self, width: int) -> Tile:
         elements = max(width, _ELEMENTS)

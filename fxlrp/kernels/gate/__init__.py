@@ -50,7 +50,7 @@ def activation(x: Tensor, activation: str) -> Tensor:
 
     Source: AttnLRP, eq. 9, for the derivative.
     """
-    if runs_triton(x):
+    if runs_triton(x) and can_run(activation, x)[0]:
         from . import kernel
 
         return kernel.run_activation(x, activation)
@@ -75,7 +75,7 @@ def activation_relevance(coefficient: Tensor, x: Tensor, activation: str) -> Ten
 
     Source: AttnLRP, eq. 9.
     """
-    if runs_triton(coefficient, x):
+    if runs_triton(coefficient, x) and can_run(activation, coefficient, x)[0]:
         from . import kernel
 
         return kernel.run_activation_relevance(coefficient, x, activation)
@@ -104,7 +104,7 @@ def gate(a: Tensor, b: Tensor, activation: str) -> Tensor:
 
     Source: Shazeer 2020; AttnLRP, Prop. 3.2 and eq. 9, for the derivative.
     """
-    if runs_triton(a, b):
+    if runs_triton(a, b) and can_run(activation, a, b)[0]:
         from . import kernel
 
         return kernel.run_gate(a, b, activation)
@@ -139,7 +139,7 @@ def gate_relevance(
 
     Source: AttnLRP, Prop. 3.2 and eq. 9.
     """
-    if runs_triton(coefficient, a, b):
+    if runs_triton(coefficient, a, b) and can_run(activation, coefficient, a, b)[0]:
         from . import kernel
 
         return kernel.run_gate_relevance(coefficient, a, b, activation, share_a, share_b)
@@ -170,7 +170,7 @@ def packed_gate(packed: Tensor, activation: str, gate_first: bool = True) -> Ten
         ``[..., columns]`` in the dtype of ``packed``, contiguous.
     """
     a, b = reference.halves(packed, gate_first)
-    if runs_triton(packed):
+    if runs_triton(packed) and can_run(activation, packed)[0]:
         from . import kernel
 
         return kernel.run_gate(a, b, activation)
@@ -205,7 +205,7 @@ def packed_gate_relevance(
     Returns:
         ``[..., 2 * columns]``, or with K before it, in G's dtype, contiguous.
     """
-    if runs_triton(coefficient, packed):
+    if runs_triton(coefficient, packed) and can_run(activation, coefficient, packed)[0]:
         from . import kernel
 
         return kernel.run_packed_gate_relevance(coefficient, packed, activation, gate_first, share_a, share_b)

@@ -50,7 +50,7 @@ def norm(
 
     Source: Zhang and Sennrich 2019; Ba et al. 2016. Ali et al. 2022, eq. 13, for the derivative.
     """
-    if runs_triton(x):
+    if runs_triton(x) and can_run(x, weight, bias)[0]:
         from . import kernel
 
         y, _, rstd = kernel.run_norm(x, None, weight, bias, eps, offset, centred)
@@ -95,7 +95,7 @@ def add_norm(
     Returns:
         y and h in the dtype of the sum, rstd ``[..., 1]`` in float32 (float64 for float64); contiguous.
     """
-    if runs_triton(x, residual):
+    if runs_triton(x, residual) and can_run(x, residual, weight, bias)[0]:
         from . import kernel
 
         return kernel.run_norm(x, residual, weight, bias, eps, offset, centred)
@@ -146,7 +146,7 @@ def norm_relevance(
 
     Source: Ali et al. 2022, eq. 13 (LN-rule); AttnLRP, Prop. 3.4.
     """
-    if runs_triton(coefficient, rstd):
+    if runs_triton(coefficient, rstd) and can_run(coefficient, rstd, weight, added)[0]:
         from . import kernel
 
         return kernel.run_relevance(coefficient, rstd, weight, added, share, offset, centred)

@@ -45,7 +45,7 @@ def softmax(
 
     Source: AttnLRP, Prop. 3.1, for the derivative.
     """
-    if runs_triton(scores):
+    if runs_triton(scores) and can_run(scores, mask)[0]:
         from . import kernel
 
         return kernel.run_softmax(scores, mask, scale, dtype or scores.dtype)
@@ -74,7 +74,7 @@ def softmax_relevance(coefficient: Tensor, probabilities: Tensor, scale: float =
 
     Source: AttnLRP, Prop. 3.1; Bach et al. 2015 call the sum the bias of the Taylor step.
     """
-    if runs_triton(coefficient, probabilities):
+    if runs_triton(coefficient, probabilities) and can_run(coefficient, probabilities)[0]:
         from . import kernel
 
         return kernel.run_relevance(coefficient, probabilities, scale)

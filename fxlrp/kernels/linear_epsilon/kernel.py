@@ -10,36 +10,41 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import DTYPES, Variant, launch
-from ..matmul import Tiles, choose, hint, shared_memory
+from ..matmul import Table, Tiles, hint, shared_memory
 from ..matmul.kernel import add_parts, steps_of, tile_of
 
 #: Blocks of rows that go through the columns together.
 _GROUP = 8
 
-#: Largest first, by whether tensor cores multiply (half precision, TensorFloat-32) or not (float32).
-_TENSOR_CORES = {
-    torch.bfloat16: (
-        Tiles(128, 256, 32, warps=8, stages=4, shared=192),
-        Tiles(128, 128, 32, warps=8, stages=3, shared=96),
-        Tiles(64, 128, 64, warps=4, stages=3, shared=96),
-        Tiles(16, 64, 128, warps=4, stages=3, shared=96),
+_HALF = Table(
+    few=(
+        Tiles(16, 64, 128, warps=4, stages=3),
+        Tiles(32, 64, 128, warps=4, stages=3),
+        Tiles(64, 128, 64, warps=4, stages=3),
     ),
-    torch.float32: (
-        Tiles(128, 128, 32, warps=8, stages=3, shared=192),
-        Tiles(64, 64, 32, warps=4, stages=3, shared=96),
-        Tiles(16, 64, 64, warps=4, stages=3, shared=96),
+    many=(
+        # Steps of 32: half of each step's multiplications overlap the next one's factors.
+        Tiles(128, 256, 32, warps=8, stages=4, shared=120),
+        Tiles(128, 128, 32, warps=8, stages=4),
+        Tiles(64, 128, 64, warps=4, stages=3),
     ),
-}
-_TENSOR_CORES[torch.float16] = _TENSOR_CORES[torch.bfloat16]
-_FLOAT32 = (
-    Tiles(64, 64, 32, warps=8, stages=2, shared=96),
-    Tiles(16, 64, 32, warps=4, stages=2, shared=96),
+    tuned=(Tiles(128, 128, 64, warps=8, stages=3, shared=150),),
+)
+_TF32 = Table(
+    few=(Tiles(16, 64, 64, warps=4, stages=3), Tiles(64, 64, 32, warps=4, stages=3)),
+    many=(Tiles(128, 128, 32, warps=8, stages=3, shared=128), Tiles(64, 64, 32, warps=4, stages=3)),
+)
+_FLOAT32 = Table(
+    few=(Tiles(16, 64, 32, warps=4, stages=3), Tiles(64, 64, 16, warps=4, stages=3)),
+    many=(Tiles(128, 128, 16, warps=8, stages=3), Tiles(64, 64, 16, warps=4, stages=3)),
 )
 
 
-def tables(dtype: torch.dtype, tf32: bool) -> tuple[Tiles, ...]:
-    """What a launch chooses from."""
-    return _FLOAT32 if dtype == torch.float32 and not tf32 else _TENSOR_CORES[dtype]
+def table(dtype: torch.dtype, tf32: bool) -> Table:
+    """What a launch chooses from: tensor cores multiply half precision and TensorFloat-32, not float32."""
+    if dtype != torch.float32:
+        return _HALF
+    return _TF32 if tf32 else _FLOAT32
 
 
 def relevance(
@@ -58,8 +63,8 @@ def relevance(
     z2, g3 = z.reshape(-1, depth), g.reshape(*g.shape[: g.dim() - z.dim()], -1, depth)
     count = g3.shape[0] if g3.dim() == 3 else 1
     rows = z2.shape[0] * count
-    tiles, parts = chosen or choose(
-        tables(g.dtype, tf32), hint(g.shape[:-1]), columns, depth, shared_memory(g.device)
+    tiles, parts = chosen or table(g.dtype, tf32).choose(
+        hint(g.shape[:-1]), columns, depth, shared_memory(g.device)
     )
     x2 = z2 if x is None else x.reshape(-1, columns)
     floors = z2 if row_epsilon is None else row_epsilon.expand(*z.shape[:-1], 1).reshape(-1).float()
@@ -183,30 +188,39 @@ def _store(total, x, out, m, out_row, is_row, n, columns, x_m, x_n, TIMES_X: tl.
 
 
 def variants() -> Iterator[Variant]:
-    """Every tile of the tables for each dtype, and both orders of weights for the first."""
+    """Every tile of the tables for each dtype, and both orders of weights for the largest."""
     for dtype, kind in DTYPES.items():
         for tf32 in (False, True) if dtype == torch.float32 else (False,):
-            for i, tiles in enumerate(tables(dtype, tf32)):
-                for order in ("w_n", "w_d") if i == 0 else ("w_n",):
-                    yield _variant(tiles, kind, tf32, order)
+            choices = table(dtype, tf32)
+            for tiles in choices.few:
+                yield _variant(tiles, kind, tf32, parts=4)
+            for tiles in choices.many:
+                yield _variant(tiles, kind, tf32)
+            yield _variant(choices.many[0], kind, tf32, order="w_d")
+            for tiles in choices.tuned:
+                yield _variant(tiles, kind, tf32, is_default=False)
 
 
-def _variant(tiles: Tiles, kind: str, tf32: bool, order: str) -> Variant:
+def _variant(
+    tiles: Tiles, kind: str, tf32: bool, parts: int = 1, order: str = "w_n", is_default: bool = True
+) -> Variant:
+    """`order`: along which of its dimensions, in (w_n) or out (w_d), the weight is contiguous."""
     pointers = dict.fromkeys(("g", "z", "weight", "x"), f"*{kind}")
     wide = dict.fromkeys(("g_k", "g_m", "z_m", "w_d", "w_n", "x_m"), "i32")
     sizes = dict.fromkeys(("rows", "columns", "depth"), "i32")
-    part = tiles.rows < 64
     signature = {
         **pointers,
         "row_epsilon": "*fp32",
-        "out": "*fp32" if part else f"*{kind}",
+        "out": "*fp32" if parts > 1 else f"*{kind}",
         **sizes,
         **wide,
         "epsilon": "fp32",
     }
     del signature[order]
     return Variant(
-        f"epsilon relevance, {'tf32' if tf32 else kind}, {tiles}" + ", W transposed" * (order == "w_d"),
+        f"epsilon relevance, {'tf32' if tf32 else kind}, {tiles}"
+        + ", in parts" * (parts > 1)
+        + ", W transposed" * (order == "w_d"),
         relevance_kernel,
         signature,
         {
@@ -215,7 +229,7 @@ def _variant(tiles: Tiles, kind: str, tf32: bool, order: str) -> Variant:
             "TIMES_X": True,
             "PRECISION": "tf32" if tf32 else "ieee",
             "EVEN": True,
-            "PARTS": 4 if part else 1,
+            "PARTS": parts,
             "ROWS": tiles.rows,
             "COLUMNS": tiles.columns,
             "DEPTH": tiles.depth,
@@ -223,4 +237,5 @@ def _variant(tiles: Tiles, kind: str, tf32: bool, order: str) -> Variant:
         },
         tiles.warps,
         tiles.stages,
+        is_default,
     )

@@ -14,10 +14,10 @@ summed in parts of the reduction, which a second kernel adds in a fixed order, s
 from run to run.
 
 What it saves, predicted for an H200 and unmeasured, in bfloat16 with M rows: forward, ``|W|`` read, written
-and read again (4 passes over W in place of 1) and ``|x|``; back the same and the factors' passes over z, A, G.
-For up to 64 rows and W 4096 x 4096, 134 MB become 33.5 MB: 8 us in place of 31. At M = 4096 both products
-(2 x 174 us at 790 TFLOP/s) are the cost, beside 40 to 60 us of passes that are saved, so the kernel breaks
-even at 0.86 to 0.9 of cuBLAS's speed.
+and read again (4 passes over W in place of 1) and ``|x|``; back the same and the factors' passes over z, A
+and G. For up to 64 rows and W 4096 x 4096, 134 MB become 33.5 MB: 8 us in place of 31. At M = 4096 both
+products (2 x 174 us at 790 TFLOP/s) are the cost, beside 40 to 60 us of passes that are saved, so the kernel
+breaks even at 0.86 to 0.9 of cuBLAS's speed.
 
 Source: Montavon et al. 2019 (gamma), Bach et al. 2015, eq. 60 (alpha-beta), Montavon et al. 2017 (z+). The
 form with absolute values is ours.

@@ -11,37 +11,55 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import DTYPES, Variant, launch
-from ..matmul import Tiles, choose, hint, shared_memory
+from ..matmul import Table, Tiles, hint, shared_memory
 from ..matmul.kernel import across, add_parts, dot, down, steps_of, tile_of, zeros
 from .reference import ROUNDING
 
 #: Blocks of rows that go through the columns together.
 _GROUP = 8
 
-#: Largest first, by whether tensor cores multiply (half precision, TensorFloat-32) or not (float32).
-_HALF = (
-    Tiles(128, 128, 64, warps=8, stages=3, shared=200),
-    Tiles(128, 128, 32, warps=8, stages=3, shared=96),
-    Tiles(64, 128, 32, warps=4, stages=3, shared=96),
-    Tiles(32, 128, 64, warps=4, stages=3, shared=96, swap=True),
-    Tiles(16, 64, 128, warps=4, stages=3, shared=96, swap=True),
+#: For few rows weights come first (swap): their absolute values then stay in registers.
+_HALF_FEW = (
+    Tiles(16, 64, 128, warps=4, stages=3, swap=True),
+    Tiles(32, 128, 64, warps=4, stages=3, swap=True),
+    Tiles(64, 128, 32, warps=4, stages=3, swap=True),
 )
-_TF32 = (
-    Tiles(64, 128, 32, warps=8, stages=3, shared=200),
-    Tiles(64, 64, 32, warps=4, stages=2, shared=96),
-    Tiles(16, 64, 64, warps=4, stages=2, shared=96, swap=True),
+_TF32_FEW = (
+    Tiles(16, 64, 32, warps=4, stages=3, swap=True),
+    Tiles(64, 64, 32, warps=4, stages=2),
 )
-_FLOAT32 = (
-    Tiles(64, 64, 32, warps=8, stages=2, shared=64),
-    Tiles(16, 64, 32, warps=4, stages=2, shared=64),
+_FLOAT32 = Table(
+    few=(Tiles(16, 64, 16, warps=4, stages=3), Tiles(64, 64, 16, warps=8, stages=3)),
+    many=(Tiles(64, 64, 16, warps=8, stages=3),),
+)
+_FORWARD_HALF = Table(
+    few=_HALF_FEW,
+    many=(Tiles(128, 128, 32, warps=8, stages=4), Tiles(64, 128, 32, warps=4, stages=3)),
+    tuned=(Tiles(128, 128, 64, warps=8, stages=3, shared=112),),
+)
+_FORWARD_TF32 = Table(
+    few=_TF32_FEW,
+    many=(Tiles(64, 128, 32, warps=8, stages=3), Tiles(64, 64, 32, warps=4, stages=2)),
+)
+#: Factors of three operands take registers, so that tiles are smaller than on the way forward.
+_RELEVANCE_HALF = Table(
+    few=_HALF_FEW,
+    many=(Tiles(64, 128, 32, warps=4, stages=3),),
+    tuned=(Tiles(128, 128, 32, warps=8, stages=4, shared=160),),
+)
+_RELEVANCE_TF32 = Table(
+    few=_TF32_FEW,
+    many=(Tiles(64, 128, 32, warps=8, stages=3, shared=120), Tiles(64, 64, 32, warps=4, stages=2)),
 )
 
 
-def tables(dtype: torch.dtype, tf32: bool) -> tuple[Tiles, ...]:
-    """What a launch chooses from."""
+def table(dtype: torch.dtype, tf32: bool, is_forward: bool) -> Table:
+    """What a launch chooses from: tensor cores multiply half precision and TensorFloat-32, not float32."""
     if dtype != torch.float32:
-        return _HALF
-    return _TF32 if tf32 else _FLOAT32
+        return _FORWARD_HALF if is_forward else _RELEVANCE_HALF
+    if not tf32:
+        return _FLOAT32
+    return _FORWARD_TF32 if is_forward else _RELEVANCE_TF32
 
 
 def forward(
@@ -55,8 +73,8 @@ def forward(
     columns, depth = weight.shape
     x2 = x.reshape(-1, depth)
     rows = x2.shape[0]
-    tiles, parts = chosen or choose(
-        tables(x.dtype, tf32), hint(x.shape[:-1]), columns, depth, shared_memory(x.device)
+    tiles, parts = chosen or table(x.dtype, tf32, True).choose(
+        hint(x.shape[:-1]), columns, depth, shared_memory(x.device)
     )
     dtype = x.dtype if parts == 1 else torch.float32
     out = torch.empty((parts, 2, *x.shape[:-1], columns), dtype=dtype, device=x.device)
@@ -99,8 +117,8 @@ def relevance(
     g3 = g.reshape(*g.shape[: g.dim() - z.dim()], -1, depth)
     count = g3.shape[0] if g3.dim() == 3 else 1
     rows = z2.shape[0] * count
-    tiles, parts = chosen or choose(
-        tables(g.dtype, tf32), hint(g.shape[:-1]), columns, depth, shared_memory(g.device)
+    tiles, parts = chosen or table(g.dtype, tf32, False).choose(
+        hint(g.shape[:-1]), columns, depth, shared_memory(g.device)
     )
     dtype = g.dtype if parts == 1 else torch.float32
     out = torch.empty((parts, *g.shape[:-1], columns), dtype=dtype, device=g.device)
@@ -135,7 +153,7 @@ def relevance(
 
 
 def _numbers(rule: str, strengths: Sequence[float], epsilon: float) -> tuple[float, float, float]:
-    """Two strengths and the stabiliser, as the kernel takes them: (l, 0, floor) or (alpha, beta, 2 epsilon)."""
+    """Strengths and stabiliser as the kernel takes them: (l, 0, floor) or (alpha, beta, 2 epsilon)."""
     if rule == "gamma":
         (gamma,) = strengths
         return gamma / (2 + gamma), 0.0, max(2 * epsilon / (2 + gamma), torch.finfo(torch.float32).tiny)
@@ -184,7 +202,7 @@ def forward_kernel(
     GROUP: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """``out[part, 0, m, n] = sum_d x[m, d] weight[n, d] + bias[n]`` and ``out[part, 1]`` of absolute values."""
+    """``out[part, 0, m, n] = sum_d x[m, d] weight[n, d] + bias[n]``; ``out[part, 1]`` of absolute values."""
     row_block, column_block = tile_of(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
     part = tl.program_id(1)
     m = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -314,19 +332,31 @@ def relevance_kernel(
 
 
 def variants() -> Iterator[Variant]:
-    """Every tile of the tables for each dtype, both ways and each rule; both orders of weights for the first."""
-    for dtype, kind in DTYPES.items():
+    """Every tile of the tables for each dtype, both ways, and each rule where registers are short."""
+    for dtype in DTYPES:
         for tf32 in (False, True) if dtype == torch.float32 else (False,):
-            for i, tiles in enumerate(tables(dtype, tf32)):
-                for order in ("w_d", "w_n") if i == 0 else ("w_d",):
-                    yield _forward_variant(tiles, dtype, tf32, order)
-                    yield _relevance_variant(tiles, dtype, tf32, "gamma", order)
-                yield _relevance_variant(tiles, dtype, tf32, "alpha_beta", "w_n")
+            forth, back = table(dtype, tf32, True), table(dtype, tf32, False)
+            for choices, one in ((forth, _forward_variant), (back, _relevance_variant)):
+                for tiles in choices.few:
+                    yield one(tiles, dtype, tf32, parts=4)
+                for tiles in choices.many:
+                    yield one(tiles, dtype, tf32)
+                yield one(choices.many[0], dtype, tf32, transposed=True)
+                for tiles in choices.tuned:
+                    yield one(tiles, dtype, tf32, is_default=False)
+            for tiles in (back.few[-1], back.many[0]):
+                yield _relevance_variant(tiles, dtype, tf32, rule="gamma")
 
 
-def _forward_variant(tiles: Tiles, dtype: torch.dtype, tf32: bool, order: str) -> Variant:
-    """`order`: along which of its dimensions, in or out, the weight is contiguous; here w_d is usual."""
-    kind, parts = DTYPES[dtype], 4 if tiles.rows < 64 else 1
+def _forward_variant(
+    tiles: Tiles,
+    dtype: torch.dtype,
+    tf32: bool,
+    parts: int = 1,
+    transposed: bool = False,
+    is_default: bool = True,
+) -> Variant:
+    kind, order = DTYPES[dtype], "w_n" if transposed else "w_d"
     signature = {
         **dict.fromkeys(("x", "weight", "bias"), f"*{kind}"),
         "out": "*fp32" if parts > 1 else f"*{kind}",
@@ -335,17 +365,26 @@ def _forward_variant(tiles: Tiles, dtype: torch.dtype, tf32: bool, order: str) -
     del signature[order]
     constants = dict.fromkeys(("x_d", "b_n", order), 1) | {"BIASED": True}
     return Variant(
-        f"split forward, {'tf32' if tf32 else kind}, {tiles}" + ", W transposed" * (order == "w_n"),
+        _label("split forward", tiles, kind, tf32, parts, transposed),
         forward_kernel,
         signature,
         constants | _constants(tiles, parts, 0, tf32),
         tiles.warps,
         tiles.stages,
+        is_default,
     )
 
 
-def _relevance_variant(tiles: Tiles, dtype: torch.dtype, tf32: bool, rule: str, order: str) -> Variant:
-    kind, parts = DTYPES[dtype], 4 if tiles.rows < 64 else 1
+def _relevance_variant(
+    tiles: Tiles,
+    dtype: torch.dtype,
+    tf32: bool,
+    parts: int = 1,
+    transposed: bool = False,
+    is_default: bool = True,
+    rule: str = "alpha_beta",
+) -> Variant:
+    kind, order = DTYPES[dtype], "w_d" if transposed else "w_n"
     signature = {
         **dict.fromkeys(("g", "z", "absolute", "x", "weight"), f"*{kind}"),
         "out": "*fp32" if parts > 1 else f"*{kind}",
@@ -361,10 +400,16 @@ def _relevance_variant(tiles: Tiles, dtype: torch.dtype, tf32: bool, rule: str, 
         "TIMES_X": True,
     }
     return Variant(
-        f"split relevance, {rule}, {'tf32' if tf32 else kind}, {tiles}" + ", W transposed" * (order == "w_d"),
+        _label(f"split relevance, {rule}", tiles, kind, tf32, parts, transposed),
         relevance_kernel,
         signature,
         constants | _constants(tiles, parts, 0, tf32),
         tiles.warps,
         tiles.stages,
+        is_default,
     )
+
+
+def _label(what: str, tiles: Tiles, kind: str, tf32: bool, parts: int, transposed: bool) -> str:
+    text = f"{what}, {'tf32' if tf32 else kind}, {tiles}"
+    return text + ", in parts" * (parts > 1) + ", W transposed" * transposed

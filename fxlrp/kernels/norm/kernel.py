@@ -1,8 +1,8 @@
-"""Normalisation and its relevance in Triton: a program holds one or several rows, or goes along one twice.
+"""Normalisation and its relevance in Triton: a program holds one or several rows, or goes along one again.
 
-The weight is read by every program, from the L1 or L2 cache; programs of narrow rows hold several and read
-it once. Statistics of a row that is longer than the tile are Welford's, a lane each, so that a mean that is
-large beside the deviation costs no digits.
+The weight is read by every program, from the L1 or L2 cache; programs of narrow rows hold several and read it
+once. Of a row that is longer than the tile the mean, the squares and the output are a pass each, so that a
+mean that is large beside the deviation costs no digits.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -100,24 +100,18 @@ def _norm_kernel(
         scale = tl.rsqrt(tl.sum(centre * centre, 1) / columns + eps)[:, None]
         _finish(y, h, value, centre * scale, weight, bias, at, inside, columns, offset)
     else:
-        means = tl.zeros((ROWS, COLUMNS), tl.float32)
+        if CENTRED:
+            lanes = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for start in tl.range(0, columns, COLUMNS, num_stages=_STAGES):
+                there = is_row & (start + at < columns)
+                lanes += _sum(x, residual, start + at, there, "evict_last", dtype)
+            mean = (tl.sum(lanes, 1) / columns)[:, None]
         squares = tl.zeros((ROWS, COLUMNS), tl.float32)
-        seen = 0.0
         for start in tl.range(0, columns, COLUMNS, num_stages=_STAGES):
             there = is_row & (start + at < columns)
             value = _sum(x, residual, start + at, there, "evict_last", dtype)
-            if CENTRED:
-                seen += 1.0
-                step = tl.where(there, value - means, 0.0)
-                means += step / seen
-                squares += step * (value - means)
-            else:
-                squares += value * value
-        if CENTRED:
-            # Lanes beyond the end of the last tile have seen a value less.
-            counts = ((columns - at + (COLUMNS - 1)) // COLUMNS).to(tl.float32)
-            mean = (tl.sum(means * counts, 1) / columns)[:, None]
-            squares += counts * (means - mean) * (means - mean)
+            centre = tl.where(there, value - mean, 0.0)
+            squares += centre * centre
         scale = tl.rsqrt(tl.sum(squares, 1) / columns + eps)[:, None]
         for start in tl.range(0, columns, COLUMNS, num_stages=_STAGES):
             there = is_row & (start + at < columns)

@@ -80,6 +80,14 @@ def test_each_row_has_its_own_stabiliser(device, chosen):
     check(g, z, weight, 0.0, torch.full((1, 1), 0.4, device=device), chosen=chosen)
 
 
+def test_coefficients_that_are_one_in_memory(device):
+    """Would break if a stride of 0 were not followed: the same coefficient for every sample."""
+    g, z, weight, _ = operands((3, 7), 33, 20, torch.float32, device, 2)
+    found = kernel.relevance(g[:, :1].expand_as(g), z, weight, 0.3, None, None, False)
+    expected = kernel.relevance(g[:, :1].repeat(1, 3, 1, 1), z, weight, 0.3, None, None, False)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_at_the_edges(device, dtype, edge):
@@ -89,13 +97,11 @@ def test_values_at_the_edges(device, dtype, edge):
 
 
 @CHOSEN
-def test_strides(device, chosen):
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "rows apart"])
+def test_strides(device, chosen, layout):
     """Would break if a stride were taken for that of a contiguous tensor."""
     g, z, weight, x = operands((2, 9), 33, 20, torch.float32, device, 2)
-    check(strided(g), strided(z), strided(weight), 0.3, x=strided(x), chosen=chosen)
-    check(g, z, weight.t().contiguous().t(), 0.3, chosen=chosen)
-    check(g.mT.contiguous().mT, z.mT.contiguous().mT, weight, 0.3, chosen=chosen)
-    check(g[:1].expand(2, -1, -1, -1), z[:1].expand(2, -1, -1), weight, 0.3, chosen=chosen)
+    check(*(strided(t, layout) for t in (g, z, weight)), 0.3, x=strided(x, layout), chosen=chosen)
 
 
 @settings(max_examples=12)
@@ -175,8 +181,8 @@ def test_it_compiles_whole():
         ({}, ""),
         ({"epsilon": 0.0}, "no factor"),
         ({"z": torch.zeros(3, 4, dtype=torch.float16)}, "one dtype"),
-        ({"weight": torch.zeros(4)}, r"W \[out, in\]"),
-        ({"g": torch.zeros(2, 2, 3, 4)}, r"W \[out, in\]"),
+        ({"weight": torch.zeros(4)}, "W [out, in]"),
+        ({"g": torch.zeros(2, 2, 3, 4)}, "W [out, in]"),
         (dict.fromkeys(("g", "z", "weight"), torch.zeros(4, 4, dtype=torch.float64)), "float64"),
     ],
 )
@@ -187,7 +193,7 @@ def test_refusals(change, reason):
     if torch.cuda.is_available():
         pytest.skip("on a machine with a CUDA device, tensors on the CPU are refused as such")
     assert is_fit == (not reason)
-    __import__("re").search(reason, why) or pytest.fail(why)
+    assert reason in why
 
 
 TABLE = Table(

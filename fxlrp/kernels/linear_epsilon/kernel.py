@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import DTYPES, Variant, launch
-from ..matmul import Table, Tiles, hint, shared_memory
+from ..matmul import Table, Tiles, as_rows, hint, shared_memory
 from ..matmul.kernel import add_parts, steps_of, tile_of
 
 #: Blocks of rows that go through the columns together.
@@ -60,14 +60,14 @@ def relevance(
     """The op's result; see there. `chosen`: tiles and parts of the reduction, for tests and tuning."""
     depth, columns = weight.shape
     shape = (*g.shape[:-1], columns)
-    z2, g3 = z.reshape(-1, depth), g.reshape(*g.shape[: g.dim() - z.dim()], -1, depth)
+    z2, g3 = as_rows(z), as_rows(g, *g.shape[: g.dim() - z.dim()])
     count = g3.shape[0] if g3.dim() == 3 else 1
     rows = z2.shape[0] * count
     tiles, parts = chosen or table(g.dtype, tf32).choose(
         hint(g.shape[:-1]), columns, depth, shared_memory(g.device)
     )
-    x2 = z2 if x is None else x.reshape(-1, columns)
-    floors = z2 if row_epsilon is None else row_epsilon.expand(*z.shape[:-1], 1).reshape(-1).float()
+    x2 = z2 if x is None else as_rows(x)
+    floors = z2 if row_epsilon is None else row_epsilon.expand(*z.shape[:-1], 1).reshape(-1).float().contiguous()
     dtype = g.dtype if parts == 1 else torch.float32
     out = torch.empty((parts, *shape), dtype=dtype, device=g.device)
     grid = (-(-rows // tiles.rows) * -(-columns // tiles.columns), parts)

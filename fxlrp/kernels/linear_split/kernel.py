@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import DTYPES, Variant, launch
-from ..matmul import Table, Tiles, hint, shared_memory
+from ..matmul import Table, Tiles, as_rows, hint, shared_memory
 from ..matmul.kernel import across, add_parts, dot, down, steps_of, tile_of, zeros
 from .reference import ROUNDING
 
@@ -71,7 +71,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The op's results; see there. `chosen`: tiles and parts of the reduction, for tests and tuning."""
     columns, depth = weight.shape
-    x2 = x.reshape(-1, depth)
+    x2 = as_rows(x)
     rows = x2.shape[0]
     tiles, parts = chosen or table(x.dtype, tf32, True).choose(
         hint(x.shape[:-1]), columns, depth, shared_memory(x.device)
@@ -113,8 +113,8 @@ def relevance(
 ) -> Tensor:
     """The op's result; see there. `chosen`: tiles and parts of the reduction, for tests and tuning."""
     depth, columns = weight.shape
-    z2, a2, x2 = z.reshape(-1, depth), absolute.reshape(-1, depth), x.reshape(-1, columns)
-    g3 = g.reshape(*g.shape[: g.dim() - z.dim()], -1, depth)
+    z2, a2, x2 = as_rows(z), as_rows(absolute), as_rows(x)
+    g3 = as_rows(g, *g.shape[: g.dim() - z.dim()])
     count = g3.shape[0] if g3.dim() == 3 else 1
     rows = z2.shape[0] * count
     tiles, parts = chosen or table(g.dtype, tf32, False).choose(
@@ -344,8 +344,8 @@ def variants() -> Iterator[Variant]:
                 yield one(choices.many[0], dtype, tf32, transposed=True)
                 for tiles in choices.tuned:
                     yield one(tiles, dtype, tf32, is_default=False)
-            for tiles in (back.few[-1], back.many[0]):
-                yield _relevance_variant(tiles, dtype, tf32, rule="gamma")
+            yield _relevance_variant(back.few[-1], dtype, tf32, rule="gamma", parts=4)
+            yield _relevance_variant(back.many[0], dtype, tf32, rule="gamma")
 
 
 def _forward_variant(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 #: Multiprocessors of an H200, one program each of those with large tiles.
 PROCESSORS = 132
@@ -90,6 +91,11 @@ def _programs(tiles: Tiles, rows: int, columns: int) -> int:
 def _parts(tiles: Tiles, rows: int, columns: int, depth: int, wanted: int) -> int:
     fill = wanted // max(1, _programs(tiles, rows, columns))
     return max(1, min(fill, -(-depth // tiles.depth) // _STEPS, PARTS))
+
+
+def as_rows(x: Tensor, *lead: Any) -> Tensor:
+    """``[*lead, ..., columns]`` as ``[*lead, rows, columns]``; a copy only where no view does it."""
+    return x.reshape(*lead, math.prod(x.shape[len(lead) : -1]), x.shape[-1])
 
 
 def hint(shape: Sequence[int]) -> int:

@@ -132,10 +132,20 @@ def test_the_core_depends_on_torch_and_networkx_only() -> None:
     assert sorted(names) == ["networkx", "torch"]
 
 
+def test_only_the_code_of_kernels_imports_triton() -> None:
+    """Would break if the package could not be imported, or its references run, without Triton."""
+    found = [
+        str(path.relative_to(PACKAGE))
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if "triton" in imported_packages(path.read_text(encoding="utf-8"))
+    ]
+    assert [path for path in found if not re.fullmatch(r"kernels/\w+/kernel\w*\.py", path)] == []
+
+
 def test_importing_the_package_loads_no_extra() -> None:
-    """What torch loads for itself is torch's affair: where there is a GPU that can be triton."""
+    """What torch loads for itself is torch's affair: its tracer loads Triton where that is installed."""
     program = (
-        "import sys, torch, torch.export; before = set(sys.modules)\n"
+        "import sys, torch, torch.export, torch._dynamo; before = set(sys.modules)\n"
         "import fxlrp\n"
         "print(*sorted({'transformers', 'matplotlib', 'triton'} & (set(sys.modules) - before)))"
     )

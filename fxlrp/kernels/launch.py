@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,6 @@ def runs_triton(*tensors: Tensor) -> bool:
     return is_interpreted() and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
-def launch(kernel: Any) -> Callable[..., Any]:
+def launch(kernel: Any) -> Any:
     """A kernel to be called as ``launch(kernel)[grid](*args)``: visible to Inductor where it is compiled."""
     return kernel if is_interpreted() else wrap_triton(kernel)

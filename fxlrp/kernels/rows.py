@@ -1,0 +1,114 @@
+"""What the kernels over rows share: wider dtypes, tensors as rows, and sizes as far as they are known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """A tensor in float32 where it is in half precision: what sums and functions are computed in."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def as_rows(x: Tensor, columns: Any) -> Tensor:
+    """``[..., columns]`` as ``[rows, columns]`` with columns side by side; a copy only where no view does."""
+    x = x.reshape(math.prod(x.shape[:-1]), columns)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def with_k(x: Tensor, dims: int) -> Tensor:
+    """``[*shape]`` or ``[K, *shape]`` as ``[K, *shape]``, where shape has ``dims`` dimensions."""
+    return x if x.dim() == dims + 1 else x.unsqueeze(0)
+
+
+def as_k_rows(x: Tensor, dims: int) -> Tensor:
+    """``[*shape]`` or ``[K, *shape]`` as ``[K, rows, columns]`` with columns side by side."""
+    x = with_k(x, dims)
+    x = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def known(size: Any) -> int | None:
+    """A size as a number where nothing can change it; None for a symbol. Adds no guard."""
+    if isinstance(size, torch.SymInt):
+        expression = size.node.expr
+        return int(expression) if expression.is_number else None
+    return int(size)
+
+
+def likely(size: Any, otherwise: int) -> int:
+    """A size as a number to choose a tile by: of a symbol, what it was traced with. Adds no guard."""
+    found = known(size)
+    if found is None:
+        hint = getattr(size.node, "_hint", None)
+        found = otherwise if hint is None else int(hint)
+    return found
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program holds at a time.
+
+    Attributes:
+        rows: of the tile, a power of 2.
+        columns: of the tile, a power of 2.
+        warps: of 32 threads.
+        loops: whether the program goes on to further tiles of the same rows.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    loops: bool = False
+
+    def __str__(self) -> str:
+        loop = ", looped" if self.loops else ""
+        return f"{self.rows} x {self.columns}, {self.warps} warps{loop}"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles for rows of any length: one tile for a whole row up to a width, beyond it several.
+
+    A thread holds about ``per_thread`` elements of every tensor, two or more loads of 16 bytes in half
+    precision: enough under way to hide the latency of memory, and few enough for two programs or more on a
+    multiprocessor, so that one computes while another waits.
+
+    Attributes:
+        widest: columns of the widest row that is one tile.
+        per_thread: elements a thread holds of a tile of 2048 elements or more.
+        looped: the widest tile of a row that has several.
+    """
+
+    widest: int
+    per_thread: int
+    looped: Tile
+
+    def of(self, columns: Any) -> Tile:
+        """The tile for rows of so many columns; a symbol gets one that is right for any number of them."""
+        width = max(_NARROWEST, 1 << (likely(columns, 1024) - 1).bit_length())
+        if known(columns) is None or width > self.widest:
+            return self._looped(min(width, self.looped.columns))
+        return self._one(width)
+
+    def all(self) -> list[Tile]:
+        """Every tile that :meth:`of` can choose."""
+        widths = [1 << i for i in range(_NARROWEST.bit_length() - 1, self.widest.bit_length())]
+        looped = [self._looped(width) for width in widths if width <= self.looped.columns]
+        return [*map(self._one, widths), *looped]
+
+    def _looped(self, width: int) -> Tile:
+        return self.looped if width == self.looped.columns else replace(self._one(width), warps=8, loops=True)
+
+    def _one(self, width: int) -> Tile:
+        elements = max(width, _ELEMENTS)
+        return Tile(elements // width, width, min(16, max(4, elements // (32 * self.per_thread))))
+
+
+#: Columns of the narrowest tile, and the elements that a tile has at least.
+_NARROWEST, _ELEMENTS = 32, 2048

@@ -7,18 +7,18 @@ from .scores import LOG2E, load_rows, masked, plus_product, product, scored, spa
 
 
 @triton.jit
-def _over_keys(sums, total, top, q, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, rows, queries, keys, offset,
+def _over_keys(sums, total, top, q, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, row, queries, keys, offset,
                window, inner, outer, start, stop,
-               D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, KEYS: tl.constexpr,
-               MASK: tl.constexpr, PER_KEY: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+               D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, QUERIES: tl.constexpr,
+               KEYS: tl.constexpr, MASK: tl.constexpr, PER_KEY: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
                CAP: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Numerators, denominators and largest scores after the blocks of keys from ``start`` to ``stop``."""
     for block in range(start, stop, KEYS):
-        columns = block + tl.arange(0, KEYS)
         k = load_rows(k_base, block, k_n, keys, KEYS, D, DP, EDGE)
         raw = product(q, tl.trans(k), PRECISION)
-        scores = masked(scored(raw, inner, outer, CAP), mask_ptr, m_q, m_k, rows[:, None], columns[None, :],
-                        queries, keys, offset, window, MASK, PER_KEY, CAUSAL, WINDOW, EDGE)  # fmt: skip
+        scores = masked(scored(raw, inner, outer, CAP), mask_ptr, m_q, m_k, row, block,
+                        tl.arange(0, QUERIES)[:, None], tl.arange(0, KEYS)[None, :], queries, keys,
+                        offset, window, MASK, PER_KEY, CAUSAL, WINDOW, EDGE)  # fmt: skip
         highest = tl.maximum(top, tl.max(scores, 1))
         # While every key so far is masked, scores are -inf as the highest is: exp2(-inf - 0) is 0, not NaN.
         base = tl.where(highest == float("-inf"), 0.0, highest)
@@ -64,17 +64,17 @@ def attend(q_ptr, k_ptr, v_ptr, mask_ptr, sinks_ptr, out_ptr, lse_ptr,
                                    WINDOW, CAUSAL or WINDOW, KEYS)  # fmt: skip
     if WINDOW:
         sums, total, top = _over_keys(
-            sums, total, top, q, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, rows, queries, keys, offset,
+            sums, total, top, q, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, row, queries, keys, offset,
             window, inner, outer, start, tl.minimum(full, stop),
-            D, E, DP, EP, KEYS, MASK, PER_KEY, CAUSAL, WINDOW, CAP, PRECISION, True)  # fmt: skip
+            D, E, DP, EP, QUERIES, KEYS, MASK, PER_KEY, CAUSAL, WINDOW, CAP, PRECISION, True)  # fmt: skip
     sums, total, top = _over_keys(
-        sums, total, top, q, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, rows, queries, keys, offset,
+        sums, total, top, q, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, row, queries, keys, offset,
         window, inner, outer, full, edge,
-        D, E, DP, EP, KEYS, MASK, PER_KEY, CAUSAL, WINDOW, CAP, PRECISION, False)  # fmt: skip
+        D, E, DP, EP, QUERIES, KEYS, MASK, PER_KEY, CAUSAL, WINDOW, CAP, PRECISION, False)  # fmt: skip
     sums, total, top = _over_keys(
-        sums, total, top, q, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, rows, queries, keys, offset,
+        sums, total, top, q, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, row, queries, keys, offset,
         window, inner, outer, edge, stop,
-        D, E, DP, EP, KEYS, MASK, PER_KEY, CAUSAL, WINDOW, CAP, PRECISION, True)  # fmt: skip
+        D, E, DP, EP, QUERIES, KEYS, MASK, PER_KEY, CAUSAL, WINDOW, CAP, PRECISION, True)  # fmt: skip
 
     seen = total > 0.0
     out = sums / tl.where(seen, total, 1.0)[:, None]

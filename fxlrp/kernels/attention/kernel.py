@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import functional as F
 
 from ..launch import Variant, launch
 from . import tiles
@@ -19,6 +20,8 @@ from .relevance import of_keys, of_queries, prepare
 from .scoring import MASKED, Scoring
 
 _LOG2E = 1.4426950408889634
+#: What every tile's number of queries divides.
+_TILE = 128
 #: Largest distance of rows whose tiles kernels address in 32 bits.
 _FARTHEST = 1 << 22
 
@@ -183,8 +186,14 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _base_2(lse: Tensor) -> Tensor:
-    """``log2`` of denominators; inf, so that probabilities are 0, in rows that are masked altogether."""
-    return torch.where(lse < MASKED, math.inf, lse * _LOG2E).contiguous()
+    """``log2`` of denominators; inf, so that probabilities are 0, in masked rows and to a multiple of any tile."""
+    log_sums = torch.where(lse < MASKED, math.inf, lse * _LOG2E).contiguous()
+    return F.pad(log_sums, (0, _spaced(lse.shape[-1]) - lse.shape[-1]), value=math.inf)
+
+
+def _spaced(queries: Any) -> Any:
+    """Queries in whole tiles of any size."""
+    return _blocks(queries, _TILE) * _TILE
 
 
 def _like(x: Tensor, *shape: Any) -> Tensor:
@@ -205,14 +214,15 @@ def _lead(x: Tensor) -> tuple[Any, ...]:
 def _prepare(problem: _Problem, out: Tensor, gs: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """``G' = sigma(out) G`` and ``sum(out G')``."""
     damped = _like(gs, *gs.shape) if epsilon else gs
-    delta = gs.new_empty(gs.shape[:4], dtype=torch.float32)
+    spaced = _spaced(problem.queries)
+    delta = gs.new_empty((*gs.shape[:3], spaced), dtype=torch.float32)
     if problem.is_empty:
         return damped, delta
     programs = problem.batch * problem.heads
     size = problem.head_sizes[1]
-    launch(prepare)[(_blocks(problem.queries, tiles.PREPARED.queries) * programs,)](
+    launch(prepare)[(spaced // tiles.PREPARED.queries * programs,)](
         out, gs, damped, delta, *out.stride()[:3], *_lead(gs), *_lead(damped),
-        programs, problem.heads, problem.queries, gs.shape[0], max(epsilon, torch.finfo(torch.float32).tiny),
+        programs, problem.heads, problem.queries, spaced, gs.shape[0], max(epsilon, torch.finfo(torch.float32).tiny),
         E=size, EP=tiles.padded(size), QUERIES=tiles.PREPARED.queries, DAMP=bool(epsilon),
         num_warps=tiles.PREPARED.warps,
     )  # fmt: skip
@@ -238,7 +248,7 @@ def _launch_of_queries(
     launch(of_queries)[(_blocks(problem.queries, cut.queries) * programs * _blocks(gs.shape[0], cut.targets),)](
         q, k, v, gs, lse, delta, problem.mask, found,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_lead(gs), *_lead(found), *problem.mask.stride(),
-        programs, problem.heads, problem.group, problem.queries, problem.keys, gs.shape[0],
+        programs, problem.heads, problem.group, problem.queries, lse.shape[-1], problem.keys, gs.shape[0],
         scoring.offset, scoring.window or 0, *problem.factors, score_epsilon, share * scoring.scale,
         **problem.constants(), QUERIES=cut.queries, KEYS=cut.keys, TARGETS=cut.targets,
         DAMP=bool(score_epsilon), num_warps=cut.warps, num_stages=cut.stages,
@@ -265,7 +275,7 @@ def _launch_of_keys(
     launch(of_keys)[(_blocks(problem.keys, cut.keys) * programs * _blocks(gs.shape[0], cut.targets),)](
         q, k, v, gs, lse, delta, problem.mask, of_k, of_v,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_lead(gs), *_lead(of_k), *_lead(of_v),
-        *problem.mask.stride(), programs, k.shape[1], problem.queries, problem.keys, gs.shape[0],
+        *problem.mask.stride(), programs, k.shape[1], problem.queries, lse.shape[-1], problem.keys, gs.shape[0],
         scoring.offset, scoring.window or 0, *problem.factors, score_epsilon,
         shares[0] * scoring.scale, shares[1],
         **problem.constants(), GROUP=problem.group, QUERIES=cut.queries, KEYS=cut.keys, TARGETS=cut.targets,

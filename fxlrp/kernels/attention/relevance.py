@@ -1,6 +1,7 @@
 """The relevance kernels: what is summed over the head size, over queries, and over keys.
 
-Logarithms lse come in base 2, and as inf for masked rows. With probabilities P computed from them, ``W = P t`` (t: slopes of cap and stabiliser) and coefficients G of C
+Logarithms lse come in base 2, and as inf for masked rows; they and delta hold ``spaced`` rows for each head,
+as many as fill tiles, inf and 0 behind the last query. With probabilities P computed from them, ``W = P t`` (t: slopes of cap and stabiliser) and coefficients G of C
 targets, which share P and W:  ``dS = W (G v^T - delta)``, over keys ``G_q = dS k``, over queries
 ``G_k = dS^T q`` and ``G_v = P^T G``. Tuples hold one accumulator for each target.
 """
@@ -9,7 +10,6 @@ import triton
 import triton.language as tl
 
 from .scores import (
-    load_each,
     load_rows,
     masked,
     plus_product,
@@ -24,10 +24,10 @@ from .scores import (
 
 @triton.jit
 def prepare(out_ptr, g_ptr, damped_ptr, delta_ptr, o_b, o_h, o_n, g_t, g_b, g_h, g_n, d_t, d_b, d_h, d_n,
-            programs, heads, queries, targets, epsilon,
+            programs, heads, queries, spaced, targets, epsilon,
             E: tl.constexpr, EP: tl.constexpr, QUERIES: tl.constexpr, DAMP: tl.constexpr):  # fmt: skip
     """``G' = sigma(out) G``, written where there is an epsilon, and ``delta = sum(out G')`` over the size."""
-    blocks = tl.cdiv(queries, QUERIES)
+    blocks = spaced // QUERIES
     head = tl.program_id(0) // blocks
     row = tl.program_id(0) % blocks * QUERIES
     b = (head // heads).to(tl.int64)
@@ -36,7 +36,7 @@ def prepare(out_ptr, g_ptr, damped_ptr, delta_ptr, o_b, o_h, o_n, g_t, g_b, g_h,
     out_base = out_ptr + b * o_b + h * o_h
     g_base = g_ptr + b * g_b + h * g_h
     damped_ptr += b * d_b + h * d_h
-    delta_ptr += head.to(tl.int64) * queries
+    delta_ptr += head.to(tl.int64) * spaced
     out = load_rows(out_base, row, o_n, queries, QUERIES, E, EP, True).to(tl.float32)
     if DAMP:
         sigma = tl.abs(out) / (tl.abs(out) + epsilon)
@@ -48,24 +48,24 @@ def prepare(out_ptr, g_ptr, damped_ptr, delta_ptr, o_b, o_h, o_n, g_t, g_b, g_h,
             store_rows(damped_ptr + place * d_t, row, d_n, queries, damped, QUERIES, E, EP)
             g = damped.to(tl.float32)
         delta = tl.sum(g * out, 1)
-        tl.store(delta_ptr + place * programs * queries + rows, delta, mask=rows < queries)
+        tl.store(delta_ptr + place * programs * spaced + rows, delta)
 
 
 @triton.jit
-def _over_keys(found, q, gs, deltas, lse, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, rows, queries, keys,
+def _over_keys(found, q, gs, deltas, lse, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, row, queries, keys,
                offset, window, inner, outer, score_epsilon, start, stop,
-               D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, KEYS: tl.constexpr,
-               TARGETS: tl.constexpr, MASK: tl.constexpr, PER_KEY: tl.constexpr, CAUSAL: tl.constexpr,
+               D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, QUERIES: tl.constexpr,
+               KEYS: tl.constexpr, TARGETS: tl.constexpr, MASK: tl.constexpr, PER_KEY: tl.constexpr, CAUSAL: tl.constexpr,
                WINDOW: tl.constexpr, CAP: tl.constexpr, DAMP: tl.constexpr, PRECISION: tl.constexpr,
                EDGE: tl.constexpr):  # fmt: skip
     """The queries' coefficients after the blocks of keys from ``start`` to ``stop``."""
     for block in range(start, stop, KEYS):
-        columns = block + tl.arange(0, KEYS)
         k = load_rows(k_base, block, k_n, keys, KEYS, D, DP, EDGE)
         v = load_rows(v_base, block, v_n, keys, KEYS, E, EP, EDGE)
         raw = product(q, tl.trans(k), PRECISION)
-        scores = masked(scored(raw, inner, outer, CAP), mask_ptr, m_q, m_k, rows[:, None], columns[None, :],
-                        queries, keys, offset, window, MASK, PER_KEY, CAUSAL, WINDOW, EDGE)  # fmt: skip
+        scores = masked(scored(raw, inner, outer, CAP), mask_ptr, m_q, m_k, row, block,
+                        tl.arange(0, QUERIES)[:, None], tl.arange(0, KEYS)[None, :], queries, keys,
+                        offset, window, MASK, PER_KEY, CAUSAL, WINDOW, EDGE)  # fmt: skip
         weights = tl.exp2(scores - lse[:, None])
         if CAP != "none" or DAMP:
             weights *= slope(raw, inner, score_epsilon, CAP, DAMP)
@@ -81,8 +81,8 @@ def _over_keys(found, q, gs, deltas, lse, k_base, v_base, mask_ptr, k_n, v_n, m_
 @triton.jit
 def of_queries(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, found_ptr,
                q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_t, g_b, g_h, g_n, f_t, f_b, f_h, f_n,
-               m_b, m_h, m_q, m_k, programs, heads, group, queries, keys, targets, offset, window,
-               inner, outer, score_epsilon, factor,
+               m_b, m_h, m_q, m_k, programs, heads, group, queries, spaced, keys, targets, offset,
+               window, inner, outer, score_epsilon, factor,
                D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
                QUERIES: tl.constexpr, KEYS: tl.constexpr, TARGETS: tl.constexpr, MASK: tl.constexpr,
                PER_KEY: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
@@ -103,7 +103,7 @@ def of_queries(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, found_p
     v_base = v_ptr + b * v_b + h // group * v_h
     g_base = g_ptr + b * g_b + h * g_h
     mask_ptr += b * m_b + h * m_h
-    lse = load_each(lse_ptr + head.to(tl.int64) * queries, row, queries, float("inf"), QUERIES, True)
+    lse = tl.load(lse_ptr + head.to(tl.int64) * spaced + rows)
 
     gs = ()
     deltas = ()
@@ -112,24 +112,24 @@ def of_queries(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, found_p
         # Behind the last target the last one is computed again, and written again: the same values.
         place = tl.minimum(first + i, targets - 1).to(tl.int64)
         gs = gs + (load_rows(g_base + place * g_t, row, g_n, queries, QUERIES, E, EP, True),)
-        delta = delta_ptr + (place * programs + head) * queries
-        deltas = deltas + (load_each(delta, row, queries, 0.0, QUERIES, True),)
+        delta = delta_ptr + (place * programs + head) * spaced
+        deltas = deltas + (tl.load(delta + rows),)
         found = found + (tl.zeros((QUERIES, DP), tl.float32),)
     above = 0 if CAUSAL else window - 1
     start, full, edge, stop = span(row + offset, row + QUERIES - 1 + offset, keys, window - 1, above,
                                    WINDOW, CAUSAL or WINDOW, KEYS)  # fmt: skip
     if WINDOW:
         found = _over_keys(
-            found, q, gs, deltas, lse, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, rows, queries, keys,
-            offset, window, inner, outer, score_epsilon, start, tl.minimum(full, stop), D, E, DP, EP, KEYS,
+            found, q, gs, deltas, lse, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, row, queries, keys,
+            offset, window, inner, outer, score_epsilon, start, tl.minimum(full, stop), D, E, DP, EP, QUERIES, KEYS,
             TARGETS, MASK, PER_KEY, CAUSAL, WINDOW, CAP, DAMP, PRECISION, True)  # fmt: skip
     found = _over_keys(
-        found, q, gs, deltas, lse, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, rows, queries, keys,
-        offset, window, inner, outer, score_epsilon, full, edge, D, E, DP, EP, KEYS,
+        found, q, gs, deltas, lse, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, row, queries, keys,
+        offset, window, inner, outer, score_epsilon, full, edge, D, E, DP, EP, QUERIES, KEYS,
         TARGETS, MASK, PER_KEY, CAUSAL, WINDOW, CAP, DAMP, PRECISION, False)  # fmt: skip
     found = _over_keys(
-        found, q, gs, deltas, lse, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, rows, queries, keys,
-        offset, window, inner, outer, score_epsilon, edge, stop, D, E, DP, EP, KEYS,
+        found, q, gs, deltas, lse, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, row, queries, keys,
+        offset, window, inner, outer, score_epsilon, edge, stop, D, E, DP, EP, QUERIES, KEYS,
         TARGETS, MASK, PER_KEY, CAUSAL, WINDOW, CAP, DAMP, PRECISION, True)  # fmt: skip
     for i in tl.static_range(TARGETS):
         place = tl.minimum(first + i, targets - 1).to(tl.int64)
@@ -138,10 +138,10 @@ def of_queries(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, found_p
 
 
 @triton.jit
-def _over_queries(of_k, of_v, k, v, q_base, g_bases, deltas, lse_ptr, mask_ptr, q_n, g_n, m_q, m_k, columns,
+def _over_queries(of_k, of_v, k, v, q_base, g_bases, deltas, lse_ptr, mask_ptr, q_n, g_n, m_q, m_k, column,
                   queries, keys, offset, window, inner, outer, score_epsilon, start, stop,
                   D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
-                  QUERIES: tl.constexpr, TARGETS: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr,
+                  QUERIES: tl.constexpr, KEYS: tl.constexpr, TARGETS: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr,
                   MASK: tl.constexpr, PER_KEY: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
                   CAP: tl.constexpr, DAMP: tl.constexpr, PRECISION: tl.constexpr,
                   EDGE: tl.constexpr):  # fmt: skip
@@ -151,11 +151,12 @@ def _over_queries(of_k, of_v, k, v, q_base, g_bases, deltas, lse_ptr, mask_ptr, 
     """
     for block in range(start, stop, QUERIES):
         rows = block + tl.arange(0, QUERIES)
-        q = load_rows(q_base, block, q_n, queries, QUERIES, D, DP, EDGE)
+        q = load_rows(q_base, block, q_n, queries, QUERIES, D, DP, True)
         raw = product(k, tl.trans(q), PRECISION)
-        scores = masked(scored(raw, inner, outer, CAP), mask_ptr, m_q, m_k, rows[None, :], columns[:, None],
-                        queries, keys, offset, window, MASK, PER_KEY, CAUSAL, WINDOW, EDGE)  # fmt: skip
-        lse = load_each(lse_ptr, block, queries, float("inf"), QUERIES, EDGE)
+        scores = masked(scored(raw, inner, outer, CAP), mask_ptr, m_q, m_k, block, column,
+                        tl.arange(0, QUERIES)[None, :], tl.arange(0, KEYS)[:, None], queries, keys,
+                        offset, window, MASK, PER_KEY, CAUSAL, WINDOW, EDGE)  # fmt: skip
+        lse = tl.load(lse_ptr + rows)
         weights = tl.exp2(scores - lse[None, :])
         passed = weights
         if OF_K and (CAP != "none" or DAMP):
@@ -163,11 +164,11 @@ def _over_queries(of_k, of_v, k, v, q_base, g_bases, deltas, lse_ptr, mask_ptr, 
         after_k = ()
         after_v = ()
         for i in tl.static_range(TARGETS):
-            g = load_rows(g_bases[i], block, g_n, queries, QUERIES, E, EP, EDGE)
+            g = load_rows(g_bases[i], block, g_n, queries, QUERIES, E, EP, True)
             if OF_V:
                 after_v = after_v + (plus_product(of_v[i], weights.to(g.dtype), g, PRECISION),)
             if OF_K:
-                delta = load_each(deltas[i], block, queries, 0.0, QUERIES, EDGE)
+                delta = tl.load(deltas[i] + rows)
                 arrived = product(v, tl.trans(g), PRECISION)
                 of_scores = (passed * (arrived - delta[None, :])).to(q.dtype)
                 after_k = after_k + (plus_product(of_k[i], of_scores, q, PRECISION),)
@@ -180,7 +181,7 @@ def _over_queries(of_k, of_v, k, v, q_base, g_bases, deltas, lse_ptr, mask_ptr, 
 def of_keys(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, of_k_ptr, of_v_ptr,
             q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_t, g_b, g_h, g_n,
             fk_t, fk_b, fk_h, fk_n, fv_t, fv_b, fv_h, fv_n, m_b, m_h, m_q, m_k,
-            programs, heads, queries, keys, targets, offset, window, inner, outer, score_epsilon,
+            programs, heads, queries, spaced, keys, targets, offset, window, inner, outer, score_epsilon,
             factor_k, factor_v,
             D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, GROUP: tl.constexpr,
             QUERIES: tl.constexpr, KEYS: tl.constexpr, TARGETS: tl.constexpr, OF_K: tl.constexpr,
@@ -195,7 +196,6 @@ def of_keys(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, of_k_ptr, 
     first = unit // programs * TARGETS
     b = (unit % programs // heads).to(tl.int64)
     h = (unit % programs % heads).to(tl.int64)
-    columns = column + tl.arange(0, KEYS)
     k_base = k_ptr + b * k_b + h * k_h
     k = load_rows(k_base, column, k_n, keys, KEYS, D, DP, True)
     v = k
@@ -216,7 +216,7 @@ def of_keys(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, of_k_ptr, 
         other = h * GROUP + member
         head = b * heads * GROUP + other
         q_base = q_ptr + b * q_b + other * q_h
-        lse = lse_ptr + head * queries
+        lse = lse_ptr + head * spaced
         mask = mask_ptr + b * m_b + other * m_h
         g_bases = ()
         deltas = ()
@@ -225,23 +225,24 @@ def of_keys(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, of_k_ptr, 
             place = tl.minimum(first + i, targets - 1).to(tl.int64)
             g_base = g_ptr + place * g_t + b * g_b + other * g_h
             g_bases = g_bases + (g_base,)
-            deltas = deltas + (delta_ptr + (place * programs * GROUP + head) * queries,)
+            deltas = deltas + (delta_ptr + (place * programs * GROUP + head) * spaced,)
         if CAUSAL or WINDOW:
             of_k, of_v = _over_queries(
-                of_k, of_v, k, v, q_base, g_bases, deltas, lse, mask, q_n, g_n, m_q, m_k, columns, queries,
+                of_k, of_v, k, v, q_base, g_bases, deltas, lse, mask, q_n, g_n, m_q, m_k, column, queries,
                 keys, offset, window, inner, outer, score_epsilon, start, tl.minimum(full, stop),
-                D, E, DP, EP, QUERIES, TARGETS, OF_K, OF_V, MASK, PER_KEY, CAUSAL, WINDOW, CAP, DAMP,
+                D, E, DP, EP, QUERIES, KEYS, TARGETS, OF_K, OF_V, MASK, PER_KEY, CAUSAL, WINDOW, CAP, DAMP,
                 PRECISION, True)  # fmt: skip
         of_k, of_v = _over_queries(
-            of_k, of_v, k, v, q_base, g_bases, deltas, lse, mask, q_n, g_n, m_q, m_k, columns, queries,
-            keys, offset, window, inner, outer, score_epsilon, full, edge,
-            D, E, DP, EP, QUERIES, TARGETS, OF_K, OF_V, MASK, PER_KEY, CAUSAL, WINDOW, CAP, DAMP,
+            of_k, of_v, k, v, q_base, g_bases, deltas, lse, mask, q_n, g_n, m_q, m_k, column, queries,
+            keys, offset, window, inner, outer, score_epsilon, full, edge if WINDOW else stop,
+            D, E, DP, EP, QUERIES, KEYS, TARGETS, OF_K, OF_V, MASK, PER_KEY, CAUSAL, WINDOW, CAP, DAMP,
             PRECISION, False)  # fmt: skip
-        of_k, of_v = _over_queries(
-            of_k, of_v, k, v, q_base, g_bases, deltas, lse, mask, q_n, g_n, m_q, m_k, columns, queries,
-            keys, offset, window, inner, outer, score_epsilon, edge, stop,
-            D, E, DP, EP, QUERIES, TARGETS, OF_K, OF_V, MASK, PER_KEY, CAUSAL, WINDOW, CAP, DAMP,
-            PRECISION, True)  # fmt: skip
+        if WINDOW:
+            of_k, of_v = _over_queries(
+                of_k, of_v, k, v, q_base, g_bases, deltas, lse, mask, q_n, g_n, m_q, m_k, column, queries,
+                keys, offset, window, inner, outer, score_epsilon, edge, stop,
+                D, E, DP, EP, QUERIES, KEYS, TARGETS, OF_K, OF_V, MASK, PER_KEY, CAUSAL, WINDOW, CAP, DAMP,
+                PRECISION, True)  # fmt: skip
     for i in tl.static_range(TARGETS):
         place = tl.minimum(first + i, targets - 1).to(tl.int64)
         if OF_K:

@@ -1,7 +1,6 @@
 """Triton code that attention's kernels share: tiles, scores in base 2, masks, and which blocks are seen.
 
-Names: rows are places of queries, columns those of keys, as a column and a row of a tile or the other way
-round. Scores are multiplied with log2(e), so that probabilities are powers of 2.
+Names: rows are queries, columns keys, as a tile's rows and columns or the other way round. Scores are multiplied with log2(e), so that probabilities are powers of 2.
 """
 
 import triton
@@ -41,17 +40,6 @@ def load_rows(base, start, stride, count, SIZE: tl.constexpr, WIDTH: tl.constexp
     else:
         tile = tl.load(pointers, mask=columns, other=0.0)
     return tile
-
-
-@triton.jit
-def load_each(base, start, count, other, SIZE: tl.constexpr, EDGE: tl.constexpr):
-    """One number for each row from ``start`` on; ``other`` behind the last."""
-    rows = start + tl.arange(0, SIZE)
-    if EDGE:
-        found = tl.load(base + rows, mask=rows < count, other=other)
-    else:
-        found = tl.load(base + rows)
-    return found
 
 
 @triton.jit
@@ -119,25 +107,27 @@ def slope(raw, inner, score_epsilon, CAP: tl.constexpr, DAMP: tl.constexpr):
 
 
 @triton.jit
-def masked(scores, mask_ptr, row_stride, column_stride, rows, columns, queries, keys, offset, window,
+def masked(scores, mask_ptr, row_stride, column_stride, row, column, rows, columns, queries, keys, offset, window,
            MASK: tl.constexpr, PER_KEY: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
            EDGE: tl.constexpr):  # fmt: skip
-    """Scores with the mask added, and -inf at unseen keys; rows and columns broadcast to the tile."""
+    """Scores with the mask added, and -inf at unseen keys.
+
+    The tile starts at ``row`` and ``column``; ``rows`` and ``columns`` count from there and broadcast to it.
+    """
     if MASK != "none":
-        if PER_KEY:
-            inside = columns < keys
-            given = mask_ptr + columns.to(tl.int64) * column_stride
-        else:
-            inside = (rows < queries) & (columns < keys)
-            given = mask_ptr + rows.to(tl.int64) * row_stride + columns.to(tl.int64) * column_stride
+        given = mask_ptr + wide(column) * column_stride + columns * column_stride
+        inside = columns < keys - column
+        if not PER_KEY:
+            given += wide(row) * row_stride + rows * row_stride
+            inside = inside & (rows < queries - row)
         if MASK == "keep":
             scores = tl.where(tl.load(given, mask=inside, other=1) != 0, scores, float("-inf"))
         else:
             bias = tl.load(given, mask=inside, other=0.0).to(tl.float32)
             scores += tl.where(bias == float("-inf"), bias, tl.maximum(bias, LEAST) * LOG2E)
     if EDGE:
-        ahead = columns - rows - offset
-        seen = columns < keys
+        ahead = (column + columns) - (row + rows + offset)
+        seen = columns < keys - column
         if CAUSAL:
             seen = seen & (ahead <= 0)
         if WINDOW:

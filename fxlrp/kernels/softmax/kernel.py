@@ -76,11 +76,12 @@ def _softmax_kernel(
         mask += (row // queries % heads).to(tl.int64) * mask_head
         mask += (row % queries).to(tl.int64) * mask_query
     inside = is_row & (at < columns)
+    stages: tl.constexpr = _STAGES if MASK == "none" else 2  # with a mask, registers are short
     first = _scaled(scores, mask, at, inside, scale, MASK, ALONG, "")
     if LOOPS:
         # Each lane keeps its own maximum and sum; they meet once, after the loop.
         top, total = first, tl.where(first == float("-inf"), 0.0, 1.0)
-        for start in tl.range(COLUMNS, columns, COLUMNS, num_stages=_STAGES):
+        for start in tl.range(COLUMNS, columns, COLUMNS, num_stages=stages):
             there = is_row & (start + at < columns)
             x = _scaled(scores, mask, start + at, there, scale, MASK, ALONG, "evict_last")
             higher = tl.maximum(top, x)
@@ -96,7 +97,7 @@ def _softmax_kernel(
     factor = tl.where(total == 0.0, 0.0, 1.0 / total)
     tl.store(out + at, (tl.exp(first - peak) * factor).to(out.dtype.element_ty), mask=inside)
     if LOOPS:
-        for start in tl.range(COLUMNS, columns, COLUMNS, num_stages=_STAGES):
+        for start in tl.range(COLUMNS, columns, COLUMNS, num_stages=stages):
             there = is_row & (start + at < columns)
             x = _scaled(scores, mask, start + at, there, scale, MASK, ALONG, "evict_first")
             value = tl.exp(x - peak) * factor

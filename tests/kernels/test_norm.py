@@ -1,5 +1,7 @@
 """Norms, the residual sum before them, and the LN-rule's relevance against float64 and the rule."""
 
+import itertools
+
 import pytest
 
 pytest.importorskip("triton")
@@ -189,10 +191,12 @@ def test_nothing_is_launched_for_empty_tensors(device, shape):
 
 def test_every_width_has_a_tile_that_holds_it():
     """Would break if a row were longer than its tile and the program did not go on."""
-    for tiles in (kernel.TILES, *kernel.RELEVANCE_TILES.values()):
-        for columns in (1, 33, 1000, tiles.widest, tiles.widest + 1, 65536):
-            tile = tiles.of(columns)
-            assert tile in tiles.all() and (tile.columns >= columns) != tile.loops
+    every = (kernel.TILES, *kernel.RELEVANCE_TILES.values())
+    for tiles, itemsize in itertools.product(every, (2, 4)):
+        widest = tiles.widest // itemsize
+        for columns in (1, 33, 1000, widest, widest + 1, 65536):
+            tile = tiles.of(columns, itemsize)
+            assert tile in tiles.all(itemsize) and (tile.columns >= columns) != tile.loops
 
 
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])

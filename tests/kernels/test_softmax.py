@@ -1,5 +1,7 @@
 """The softmax and its relevance against float64, the rule, and PyTorch's own machinery."""
 
+import itertools
+
 import pytest
 
 pytest.importorskip("triton")
@@ -182,10 +184,11 @@ def test_nothing_is_launched_for_empty_tensors(device, shape):
 
 def test_every_width_has_a_tile_that_holds_it():
     """Would break if a row were longer than its tile and the program did not go on."""
-    for tiles in (*kernel.TILES.values(), kernel.RELEVANCE_TILES):
-        for columns in (1, 33, 1000, tiles.widest, tiles.widest + 1, 131072):
-            tile = tiles.of(columns)
-            assert tile in tiles.all() and (tile.columns >= columns) != tile.loops
+    for tiles, itemsize in itertools.product((kernel.TILES, kernel.RELEVANCE_TILES), (2, 4)):
+        widest = tiles.widest // itemsize
+        for columns in (1, 33, 1000, widest, widest + 1, 131072):
+            tile = tiles.of(columns, itemsize)
+            assert tile in tiles.all(itemsize) and (tile.columns >= columns) != tile.loops
 
 
 def test_symbolic_columns_get_a_tile_for_any_size_without_a_guard():
@@ -194,8 +197,8 @@ def test_symbolic_columns_get_a_tile_for_any_size_without_a_guard():
     dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     mode = FakeTensorMode(shape_env=env)
     fake = mode.from_tensor(torch.zeros(200), symbolic_context=dynamic, source=ConstantSource("x"))
-    tile = kernel.RELEVANCE_TILES.of(fake.shape[0])
-    assert tile == Tile(8, 256, 8, loops=True) and tile in kernel.RELEVANCE_TILES.all()
+    tile = kernel.RELEVANCE_TILES.of(fake.shape[0], 2)
+    assert tile == Tile(8, 256, 8, loops=True) and tile in kernel.RELEVANCE_TILES.all(2)
     assert not env.guards
 
 

@@ -3,12 +3,13 @@
 Predicted on an H200, unmeasured: both are bound by memory. The softmax moves 2 tensors (scores in,
 probabilities out) and the mask as far as it is not broadcast; the relevance 3 (probabilities and G in,
 coefficient out), for K coefficients 1 + 2K. A row is read once where it fits the registers of one program
-(16,384 columns, 8,192 for the relevance); of longer ones the first tile is read once and the rest twice.
-The second time they come from the L2 cache as long as the rows under way fit it: in bfloat16 up to 131,072
-columns for the softmax (one program on a multiprocessor), up to 32,768 for the relevance (two programs, two
-tensors); beyond, the relevance moves 5 tensors. At 4.3 TB/s of copy bandwidth, 64 Mi scores in bfloat16
-(268 MB) take 62 us, at the 85 % aimed at 73 us; their relevance (403 MB) 94 and 110 us. Work is 1 to 3
-exponentials and about 5 operations an element, below half of what the time of the traffic allows.
+(32 KiB of scores, 16 KiB of the relevance's tensors: 16,384 and 8,192 columns in half precision); of longer
+ones the first tile is read once and the rest twice, the second time from the L2 cache as long as the rows
+under way fit it, two or three on a multiprocessor: up to about 50,000 columns for the softmax in half
+precision, 25,000 for the relevance. Beyond, they move 3 and 5 tensors. At 4.3 TB/s of copy bandwidth, 64 Mi
+scores in bfloat16 (268 MB) take 62 us, at the 85 % aimed at 73 us; their relevance (403 MB) 94 and 110 us.
+Work is 1 to 3 exponentials and about 5 operations an element, below half of what the time of the traffic
+allows.
 """
 
 from __future__ import annotations

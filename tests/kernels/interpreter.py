@@ -1,7 +1,8 @@
 """Triton's interpreter holds bfloat16 as integers and is wrong about it in four places: set right here.
 
 Casts from float32 cut digits off where devices round to nearest even, casts to float32 lose subnormals, and
-dot products and absolute values are those of the integers. Needed where kernels multiply or round in bfloat16; the rest is as it is.
+dot products and absolute values are those of the integers. Needed where kernels multiply or round in
+bfloat16; the rest is as it is.
 """
 
 from __future__ import annotations

@@ -3,32 +3,7 @@
 import triton
 import triton.language as tl
 
-from .scores import LOG2E, load_rows, masked, plus_product, product, scored, span, store_rows
-
-
-@triton.jit
-def _over_keys(sums, total, top, q, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, row, queries, keys, offset,
-               window, inner, outer, start, stop,
-               D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, QUERIES: tl.constexpr,
-               KEYS: tl.constexpr, MASK: tl.constexpr, PER_KEY: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-               CAP: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """Numerators, denominators and largest scores after the blocks of keys from ``start`` to ``stop``."""
-    for block in range(start, stop, KEYS):
-        k = load_rows(k_base, block, k_n, keys, KEYS, D, DP, EDGE)
-        raw = product(q, tl.trans(k), PRECISION)
-        scores = masked(scored(raw, inner, outer, CAP), mask_ptr, m_q, m_k, row, block,
-                        tl.arange(0, QUERIES)[:, None], tl.arange(0, KEYS)[None, :], queries, keys,
-                        offset, window, MASK, PER_KEY, CAUSAL, WINDOW, EDGE)  # fmt: skip
-        highest = tl.maximum(top, tl.max(scores, 1))
-        # While every key so far is masked, scores are -inf as the highest is: exp2(-inf - 0) is 0, not NaN.
-        base = tl.where(highest == float("-inf"), 0.0, highest)
-        weights = tl.exp2(scores - base[:, None])
-        kept = tl.exp2(top - base)
-        total = total * kept + tl.sum(weights, 1)
-        v = load_rows(v_base, block, v_n, keys, KEYS, E, EP, EDGE)
-        sums = plus_product(sums * kept[:, None], weights.to(v.dtype), v, PRECISION)
-        top = highest
-    return sums, total, top
+from .scores import LOG2E, load_rows, masked, scored, seen, span, store_rows
 
 
 @triton.jit
@@ -46,9 +21,10 @@ def attend(q_ptr, k_ptr, v_ptr, mask_ptr, sinks_ptr, out_ptr, lse_ptr,
     row = (blocks - 1 - tl.program_id(0) % blocks) * QUERIES
     b = (head // heads).to(tl.int64)
     h = (head % heads).to(tl.int64)
-    rows = row + tl.arange(0, QUERIES)
+    rows = tl.arange(0, QUERIES)[:, None]
+    columns = tl.arange(0, KEYS)[None, :]
     q_base = q_ptr + b * q_b + h * q_h
-    q = load_rows(q_base, row, q_n, queries, QUERIES, D, DP, True)
+    q = load_rows(q_base, row, q_n, queries, QUERIES, D, DP)
     k_base = k_ptr + b * k_b + h // group * k_h
     v_base = v_ptr + b * v_b + h // group * v_h
     mask_ptr += b * m_b + h * m_h
@@ -62,22 +38,26 @@ def attend(q_ptr, k_ptr, v_ptr, mask_ptr, sinks_ptr, out_ptr, lse_ptr,
     above = 0 if CAUSAL else window - 1
     start, full, edge, stop = span(row + offset, row + QUERIES - 1 + offset, keys, window - 1, above,
                                    WINDOW, CAUSAL or WINDOW, KEYS)  # fmt: skip
-    if WINDOW:
-        sums, total, top = _over_keys(
-            sums, total, top, q, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, row, queries, keys, offset,
-            window, inner, outer, start, tl.minimum(full, stop),
-            D, E, DP, EP, QUERIES, KEYS, MASK, PER_KEY, CAUSAL, WINDOW, CAP, PRECISION, True)  # fmt: skip
-    sums, total, top = _over_keys(
-        sums, total, top, q, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, row, queries, keys, offset,
-        window, inner, outer, full, edge,
-        D, E, DP, EP, QUERIES, KEYS, MASK, PER_KEY, CAUSAL, WINDOW, CAP, PRECISION, False)  # fmt: skip
-    sums, total, top = _over_keys(
-        sums, total, top, q, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, row, queries, keys, offset,
-        window, inner, outer, edge, stop,
-        D, E, DP, EP, QUERIES, KEYS, MASK, PER_KEY, CAUSAL, WINDOW, CAP, PRECISION, True)  # fmt: skip
+    for block in range(start, stop, KEYS):
+        k = load_rows(k_base, block, k_n, keys, KEYS, D, DP)
+        raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = masked(scored(raw, inner, outer, CAP), mask_ptr, m_q, m_k, row, block, rows, columns,
+                        queries, keys, MASK, PER_KEY)  # fmt: skip
+        if (block < full) | (block >= edge):
+            scores = seen(scores, row, block, rows, columns, keys, offset, window, CAUSAL, WINDOW)
+        highest = tl.maximum(top, tl.max(scores, 1))
+        # While every key so far is masked, scores are -inf as the highest is: exp2(-inf - 0) is 0, not NaN.
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        weights = tl.exp2(scores - base[:, None])
+        kept = tl.exp2(top - base)
+        total = total * kept + tl.sum(weights, 1)
+        v = load_rows(v_base, block, v_n, keys, KEYS, E, EP)
+        sums = tl.dot(weights.to(v.dtype), v, sums * kept[:, None], input_precision=PRECISION)
+        top = highest
 
-    seen = total > 0.0
-    out = sums / tl.where(seen, total, 1.0)[:, None]
-    store_rows(out_ptr + b * o_b + h * o_h, row, o_n, queries, out, QUERIES, E, EP)
-    lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) / LOG2E, float("-inf"))
-    tl.store(lse_ptr + head.to(tl.int64) * queries + rows, lse, mask=rows < queries)
+    some = total > 0.0
+    total = tl.where(some, total, 1.0)
+    store_rows(out_ptr + b * o_b + h * o_h, row, o_n, queries, sums / total[:, None], QUERIES, E, EP)
+    lse = tl.where(some, (top + tl.log2(total)) / LOG2E, float("-inf"))
+    place = row + tl.arange(0, QUERIES)
+    tl.store(lse_ptr + head.to(tl.int64) * queries + place, lse, mask=place < queries)

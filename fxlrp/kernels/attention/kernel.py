@@ -172,7 +172,7 @@ def variants() -> Iterator[Variant]:
 
 def _precision(kind: str) -> str:
     """Products of float32: three of tf32, as exact as float32, where there is no unit for float32."""
-    return {"interpreted": "interpreted", "cdna": "ieee"}.get(kind, "tf32x3")
+    return "tf32x3" if kind in ("ampere", "hopper") else "ieee"
 
 
 def _sizes(head_size: int, value_size: int) -> dict[str, int]:

@@ -12,9 +12,8 @@ import triton.language as tl
 from .scores import (
     load_rows,
     masked,
-    plus_product,
-    product,
     scored,
+    seen,
     slope,
     span,
     store_rows,
@@ -37,45 +36,18 @@ def prepare(out_ptr, g_ptr, damped_ptr, delta_ptr, o_b, o_h, o_n, g_t, g_b, g_h,
     g_base = g_ptr + b * g_b + h * g_h
     damped_ptr += b * d_b + h * d_h
     delta_ptr += head.to(tl.int64) * spaced
-    out = load_rows(out_base, row, o_n, queries, QUERIES, E, EP, True).to(tl.float32)
+    out = load_rows(out_base, row, o_n, queries, QUERIES, E, EP).to(tl.float32)
     if DAMP:
         sigma = tl.abs(out) / (tl.abs(out) + epsilon)
     for target in range(targets):
         place = wide(target)
-        g = load_rows(g_base + place * g_t, row, g_n, queries, QUERIES, E, EP, True).to(tl.float32)
+        g = load_rows(g_base + place * g_t, row, g_n, queries, QUERIES, E, EP).to(tl.float32)
         if DAMP:
             damped = (g * sigma).to(damped_ptr.dtype.element_ty)
             store_rows(damped_ptr + place * d_t, row, d_n, queries, damped, QUERIES, E, EP)
             g = damped.to(tl.float32)
         delta = tl.sum(g * out, 1)
         tl.store(delta_ptr + place * programs * spaced + rows, delta)
-
-
-@triton.jit
-def _over_keys(found, q, gs, deltas, lse, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, row, queries, keys,
-               offset, window, inner, outer, score_epsilon, start, stop,
-               D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, QUERIES: tl.constexpr,
-               KEYS: tl.constexpr, TARGETS: tl.constexpr, MASK: tl.constexpr, PER_KEY: tl.constexpr, CAUSAL: tl.constexpr,
-               WINDOW: tl.constexpr, CAP: tl.constexpr, DAMP: tl.constexpr, PRECISION: tl.constexpr,
-               EDGE: tl.constexpr):  # fmt: skip
-    """The queries' coefficients after the blocks of keys from ``start`` to ``stop``."""
-    for block in range(start, stop, KEYS):
-        k = load_rows(k_base, block, k_n, keys, KEYS, D, DP, EDGE)
-        v = load_rows(v_base, block, v_n, keys, KEYS, E, EP, EDGE)
-        raw = product(q, tl.trans(k), PRECISION)
-        scores = masked(scored(raw, inner, outer, CAP), mask_ptr, m_q, m_k, row, block,
-                        tl.arange(0, QUERIES)[:, None], tl.arange(0, KEYS)[None, :], queries, keys,
-                        offset, window, MASK, PER_KEY, CAUSAL, WINDOW, EDGE)  # fmt: skip
-        weights = tl.exp2(scores - lse[:, None])
-        if CAP != "none" or DAMP:
-            weights *= slope(raw, inner, score_epsilon, CAP, DAMP)
-        after = ()
-        for i in tl.static_range(TARGETS):
-            arrived = product(gs[i], tl.trans(v), PRECISION)
-            of_scores = (weights * (arrived - deltas[i][:, None])).to(k.dtype)
-            after = after + (plus_product(found[i], of_scores, k, PRECISION),)
-        found = after
-    return found
 
 
 @triton.jit
@@ -96,14 +68,16 @@ def of_queries(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, found_p
     head = unit % programs
     b = (head // heads).to(tl.int64)
     h = (head % heads).to(tl.int64)
-    rows = row + tl.arange(0, QUERIES)
+    rows = tl.arange(0, QUERIES)[:, None]
+    columns = tl.arange(0, KEYS)[None, :]
+    place_of = row + tl.arange(0, QUERIES)
     q_base = q_ptr + b * q_b + h * q_h
-    q = load_rows(q_base, row, q_n, queries, QUERIES, D, DP, True)
+    q = load_rows(q_base, row, q_n, queries, QUERIES, D, DP)
     k_base = k_ptr + b * k_b + h // group * k_h
     v_base = v_ptr + b * v_b + h // group * v_h
     g_base = g_ptr + b * g_b + h * g_h
     mask_ptr += b * m_b + h * m_h
-    lse = tl.load(lse_ptr + head.to(tl.int64) * spaced + rows)
+    lse = tl.load(lse_ptr + head.to(tl.int64) * spaced + place_of)
 
     gs = ()
     deltas = ()
@@ -111,70 +85,34 @@ def of_queries(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, found_p
     for i in tl.static_range(TARGETS):
         # Behind the last target the last one is computed again, and written again: the same values.
         place = tl.minimum(first + i, targets - 1).to(tl.int64)
-        gs = gs + (load_rows(g_base + place * g_t, row, g_n, queries, QUERIES, E, EP, True),)
+        gs = gs + (load_rows(g_base + place * g_t, row, g_n, queries, QUERIES, E, EP),)
         delta = delta_ptr + (place * programs + head) * spaced
-        deltas = deltas + (tl.load(delta + rows),)
+        deltas = deltas + (tl.load(delta + place_of),)
         found = found + (tl.zeros((QUERIES, DP), tl.float32),)
     above = 0 if CAUSAL else window - 1
     start, full, edge, stop = span(row + offset, row + QUERIES - 1 + offset, keys, window - 1, above,
                                    WINDOW, CAUSAL or WINDOW, KEYS)  # fmt: skip
-    if WINDOW:
-        found = _over_keys(
-            found, q, gs, deltas, lse, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, row, queries, keys,
-            offset, window, inner, outer, score_epsilon, start, tl.minimum(full, stop), D, E, DP, EP, QUERIES, KEYS,
-            TARGETS, MASK, PER_KEY, CAUSAL, WINDOW, CAP, DAMP, PRECISION, True)  # fmt: skip
-    found = _over_keys(
-        found, q, gs, deltas, lse, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, row, queries, keys,
-        offset, window, inner, outer, score_epsilon, full, edge, D, E, DP, EP, QUERIES, KEYS,
-        TARGETS, MASK, PER_KEY, CAUSAL, WINDOW, CAP, DAMP, PRECISION, False)  # fmt: skip
-    found = _over_keys(
-        found, q, gs, deltas, lse, k_base, v_base, mask_ptr, k_n, v_n, m_q, m_k, row, queries, keys,
-        offset, window, inner, outer, score_epsilon, edge, stop, D, E, DP, EP, QUERIES, KEYS,
-        TARGETS, MASK, PER_KEY, CAUSAL, WINDOW, CAP, DAMP, PRECISION, True)  # fmt: skip
+    for block in range(start, stop, KEYS):
+        k = load_rows(k_base, block, k_n, keys, KEYS, D, DP)
+        v = load_rows(v_base, block, v_n, keys, KEYS, E, EP)
+        raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = masked(scored(raw, inner, outer, CAP), mask_ptr, m_q, m_k, row, block, rows, columns,
+                        queries, keys, MASK, PER_KEY)  # fmt: skip
+        if (block < full) | (block >= edge):
+            scores = seen(scores, row, block, rows, columns, keys, offset, window, CAUSAL, WINDOW)
+        weights = tl.exp2(scores - lse[:, None])
+        if CAP != "none" or DAMP:
+            weights *= slope(raw, inner, score_epsilon, CAP, DAMP)
+        after = ()
+        for i in tl.static_range(TARGETS):
+            arrived = tl.dot(gs[i], tl.trans(v), input_precision=PRECISION)
+            of_scores = (weights * (arrived - deltas[i][:, None])).to(k.dtype)
+            after = after + (tl.dot(of_scores, k, found[i], input_precision=PRECISION),)
+        found = after
     for i in tl.static_range(TARGETS):
         place = tl.minimum(first + i, targets - 1).to(tl.int64)
         base = found_ptr + place * f_t + b * f_b + h * f_h
         store_rows(base, row, f_n, queries, found[i] * factor, QUERIES, D, DP)
-
-
-@triton.jit
-def _over_queries(of_k, of_v, k, v, q_base, g_bases, deltas, lse_ptr, mask_ptr, q_n, g_n, m_q, m_k, column,
-                  queries, keys, offset, window, inner, outer, score_epsilon, start, stop,
-                  D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
-                  QUERIES: tl.constexpr, KEYS: tl.constexpr, TARGETS: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr,
-                  MASK: tl.constexpr, PER_KEY: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-                  CAP: tl.constexpr, DAMP: tl.constexpr, PRECISION: tl.constexpr,
-                  EDGE: tl.constexpr):  # fmt: skip
-    """Keys' and values' coefficients after the blocks of queries from ``start`` to ``stop``.
-
-    Tiles are transposed, keys by queries, so that both sums over queries take them as they are.
-    """
-    for block in range(start, stop, QUERIES):
-        rows = block + tl.arange(0, QUERIES)
-        q = load_rows(q_base, block, q_n, queries, QUERIES, D, DP, True)
-        raw = product(k, tl.trans(q), PRECISION)
-        scores = masked(scored(raw, inner, outer, CAP), mask_ptr, m_q, m_k, block, column,
-                        tl.arange(0, QUERIES)[None, :], tl.arange(0, KEYS)[:, None], queries, keys,
-                        offset, window, MASK, PER_KEY, CAUSAL, WINDOW, EDGE)  # fmt: skip
-        lse = tl.load(lse_ptr + rows)
-        weights = tl.exp2(scores - lse[None, :])
-        passed = weights
-        if OF_K and (CAP != "none" or DAMP):
-            passed = weights * slope(raw, inner, score_epsilon, CAP, DAMP)
-        after_k = ()
-        after_v = ()
-        for i in tl.static_range(TARGETS):
-            g = load_rows(g_bases[i], block, g_n, queries, QUERIES, E, EP, True)
-            if OF_V:
-                after_v = after_v + (plus_product(of_v[i], weights.to(g.dtype), g, PRECISION),)
-            if OF_K:
-                delta = tl.load(deltas[i] + rows)
-                arrived = product(v, tl.trans(g), PRECISION)
-                of_scores = (passed * (arrived - delta[None, :])).to(q.dtype)
-                after_k = after_k + (plus_product(of_k[i], of_scores, q, PRECISION),)
-        of_k = after_k
-        of_v = after_v
-    return of_k, of_v
 
 
 @triton.jit
@@ -196,12 +134,14 @@ def of_keys(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, of_k_ptr, 
     first = unit // programs * TARGETS
     b = (unit % programs // heads).to(tl.int64)
     h = (unit % programs % heads).to(tl.int64)
+    rows = tl.arange(0, QUERIES)[None, :]
+    columns = tl.arange(0, KEYS)[:, None]
     k_base = k_ptr + b * k_b + h * k_h
-    k = load_rows(k_base, column, k_n, keys, KEYS, D, DP, True)
+    k = load_rows(k_base, column, k_n, keys, KEYS, D, DP)
     v = k
     if OF_K:
         v_base = v_ptr + b * v_b + h * v_h
-        v = load_rows(v_base, column, v_n, keys, KEYS, E, EP, True)
+        v = load_rows(v_base, column, v_n, keys, KEYS, E, EP)
     of_k = ()
     of_v = ()
     for i in tl.static_range(TARGETS):
@@ -226,23 +166,33 @@ def of_keys(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, of_k_ptr, 
             g_base = g_ptr + place * g_t + b * g_b + other * g_h
             g_bases = g_bases + (g_base,)
             deltas = deltas + (delta_ptr + (place * programs * GROUP + head) * spaced,)
-        if CAUSAL or WINDOW:
-            of_k, of_v = _over_queries(
-                of_k, of_v, k, v, q_base, g_bases, deltas, lse, mask, q_n, g_n, m_q, m_k, column, queries,
-                keys, offset, window, inner, outer, score_epsilon, start, tl.minimum(full, stop),
-                D, E, DP, EP, QUERIES, KEYS, TARGETS, OF_K, OF_V, MASK, PER_KEY, CAUSAL, WINDOW, CAP, DAMP,
-                PRECISION, True)  # fmt: skip
-        of_k, of_v = _over_queries(
-            of_k, of_v, k, v, q_base, g_bases, deltas, lse, mask, q_n, g_n, m_q, m_k, column, queries,
-            keys, offset, window, inner, outer, score_epsilon, full, edge if WINDOW else stop,
-            D, E, DP, EP, QUERIES, KEYS, TARGETS, OF_K, OF_V, MASK, PER_KEY, CAUSAL, WINDOW, CAP, DAMP,
-            PRECISION, False)  # fmt: skip
-        if WINDOW:
-            of_k, of_v = _over_queries(
-                of_k, of_v, k, v, q_base, g_bases, deltas, lse, mask, q_n, g_n, m_q, m_k, column, queries,
-                keys, offset, window, inner, outer, score_epsilon, edge, stop,
-                D, E, DP, EP, QUERIES, KEYS, TARGETS, OF_K, OF_V, MASK, PER_KEY, CAUSAL, WINDOW, CAP, DAMP,
-                PRECISION, True)  # fmt: skip
+        for block in range(start, stop, QUERIES):
+            # Tiles are transposed, keys by queries, so that both sums over queries take them as they are.
+            q = load_rows(q_base, block, q_n, queries, QUERIES, D, DP)
+            raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            scores = masked(scored(raw, inner, outer, CAP), mask, m_q, m_k, block, column, rows, columns,
+                            queries, keys, MASK, PER_KEY)  # fmt: skip
+            if CAUSAL or WINDOW:
+                if (block < full) | (block >= edge):
+                    scores = seen(scores, block, column, rows, columns, keys, offset, window, CAUSAL, WINDOW)
+            weights = tl.exp2(scores - tl.load(lse + block + tl.arange(0, QUERIES))[None, :])
+            passed = weights
+            if OF_K and (CAP != "none" or DAMP):
+                passed = weights * slope(raw, inner, score_epsilon, CAP, DAMP)
+            after_k = ()
+            after_v = ()
+            for i in tl.static_range(TARGETS):
+                g = load_rows(g_bases[i], block, g_n, queries, QUERIES, E, EP)
+                if OF_V:
+                    share = tl.dot(weights.to(g.dtype), g, of_v[i], input_precision=PRECISION)
+                    after_v = after_v + (share,)
+                if OF_K:
+                    delta = tl.load(deltas[i] + block + tl.arange(0, QUERIES))
+                    arrived = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+                    of_scores = (passed * (arrived - delta[None, :])).to(q.dtype)
+                    after_k = after_k + (tl.dot(of_scores, q, of_k[i], input_precision=PRECISION),)
+            of_k = after_k
+            of_v = after_v
     for i in tl.static_range(TARGETS):
         place = tl.minimum(first + i, targets - 1).to(tl.int64)
         if OF_K:

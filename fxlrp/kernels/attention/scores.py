@@ -24,42 +24,12 @@ def places_in(stride, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, start, stride, count, SIZE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-              EDGE: tl.constexpr):  # fmt: skip
-    """Rows from ``start`` on; 0 behind the last of ``WIDTH`` columns and, at an edge, behind ``count`` rows."""
-    pointers = base + wide(start) * stride + places_in(stride, SIZE, COLUMNS)
-    columns = tl.arange(0, COLUMNS)[None, :] < WIDTH
-    rows = (start + tl.arange(0, SIZE))[:, None] < count
-    if EDGE:
-        if WIDTH == COLUMNS:
-            tile = tl.load(pointers, mask=rows, other=0.0)
-        else:
-            tile = tl.load(pointers, mask=rows & columns, other=0.0)
-    elif WIDTH == COLUMNS:
-        tile = tl.load(pointers)
-    else:
-        tile = tl.load(pointers, mask=columns, other=0.0)
-    return tile
-
-
-@triton.jit
-def product(a, b, PRECISION: tl.constexpr):
-    """``a b`` in float32. The interpreter has no products of bfloat16; in float32 they are the same."""
-    if PRECISION == "interpreted":
-        found = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        found = tl.dot(a, b, input_precision=PRECISION)
-    return found
-
-
-@triton.jit
-def plus_product(total, a, b, PRECISION: tl.constexpr):
-    """``total + a b`` in float32."""
-    if PRECISION == "interpreted":
-        found = total + product(a, b, PRECISION)
-    else:
-        found = tl.dot(a, b, total, input_precision=PRECISION)
-    return found
+def load_rows(base, start, stride, count, SIZE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows from ``start`` on; 0 behind the last of ``count`` rows and of ``WIDTH`` columns."""
+    inside = tl.arange(0, SIZE)[:, None] < count - start
+    if WIDTH != COLUMNS:
+        inside = inside & (tl.arange(0, COLUMNS)[None, :] < WIDTH)
+    return tl.load(base + wide(start) * stride + places_in(stride, SIZE, COLUMNS), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -107,10 +77,9 @@ def slope(raw, inner, score_epsilon, CAP: tl.constexpr, DAMP: tl.constexpr):
 
 
 @triton.jit
-def masked(scores, mask_ptr, row_stride, column_stride, row, column, rows, columns, queries, keys, offset, window,
-           MASK: tl.constexpr, PER_KEY: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-           EDGE: tl.constexpr):  # fmt: skip
-    """Scores with the mask added, and -inf at unseen keys.
+def masked(scores, mask_ptr, row_stride, column_stride, row, column, rows, columns, queries, keys,
+           MASK: tl.constexpr, PER_KEY: tl.constexpr):  # fmt: skip
+    """Scores with the mask added, or -inf where it keeps nothing.
 
     The tile starts at ``row`` and ``column``; ``rows`` and ``columns`` count from there and broadcast to it.
     """
@@ -125,24 +94,28 @@ def masked(scores, mask_ptr, row_stride, column_stride, row, column, rows, colum
         else:
             bias = tl.load(given, mask=inside, other=0.0).to(tl.float32)
             scores += tl.where(bias == float("-inf"), bias, tl.maximum(bias, LEAST) * LOG2E)
-    if EDGE:
-        ahead = (column + columns) - (row + rows + offset)
-        seen = columns < keys - column
-        if CAUSAL:
-            seen = seen & (ahead <= 0)
-        if WINDOW:
-            seen = seen & (ahead > -window) & (ahead < window)
-        scores = tl.where(seen, scores, float("-inf"))
     return scores
+
+
+@triton.jit
+def seen(scores, row, column, rows, columns, keys, offset, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Scores with -inf at keys that are not there, behind a query's place, or out of its window."""
+    ahead = (column + columns) - (row + rows + offset)
+    kept = columns < keys - column
+    if CAUSAL:
+        kept = kept & (ahead <= 0)
+    if WINDOW:
+        kept = kept & (ahead > -window) & (ahead < window)
+    return tl.where(kept, scores, float("-inf"))
 
 
 @triton.jit
 def span(first, last, count, below, above, LOWER: tl.constexpr, UPPER: tl.constexpr, BLOCK: tl.constexpr):
     """Which of ``count`` places lie from ``f - below`` to ``f + above`` for f from first to last, in blocks.
 
-    Returns start, inner, outer, stop: blocks from inner to outer lie there for every f, and are whole; those
-    from start to inner and from outer to stop hold some that do. Without ``LOWER`` inner is 0, without
-    ``UPPER`` only the count bounds.
+    Returns start, inner, outer, stop: blocks from start to stop hold all that do, and from inner to outer they
+    are whole and lie there for every f. Without ``LOWER`` both begin at 0, without ``UPPER`` only the count
+    bounds.
     """
     start = 0
     inner = 0
@@ -154,5 +127,4 @@ def span(first, last, count, below, above, LOWER: tl.constexpr, UPPER: tl.conste
     if LOWER:
         start = tl.maximum(first - below, 0) // BLOCK * BLOCK
         inner = (tl.maximum(last - below, 0) + BLOCK - 1) // BLOCK * BLOCK
-        outer = tl.maximum(inner, outer)
     return start, inner, outer, stop

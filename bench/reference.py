@@ -63,6 +63,6 @@ def predicted(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         if mask is None or mask.shape != logits.shape[:2]:
             logits = logits[:, -1]
         else:
-            last = (mask * torch.arange(1, mask.shape[1] + 1)).argmax(-1)
-            logits = logits[torch.arange(len(logits)), last]
+            last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(-1)
+            logits = logits[torch.arange(len(logits), device=logits.device), last]
     return logits.max(-1).values

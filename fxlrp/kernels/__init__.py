@@ -1,1 +1,1 @@
-"""Fused kernels, a folder each: the entry with shapes and maths, its reference in PyTorch, Triton code."""
+"""Fused kernels, a folder each: entry with shapes and maths, reference in PyTorch, Triton code."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ class Variant:
         num_warps: warps of 32 threads for each program.
         num_stages: how deep loads are pipelined.
         is_default: whether a launch chooses it without tuning; such a one must not spill registers.
+        targets: what launches choose it for, and tests compile it for.
     """
 
     label: str
@@ -39,6 +40,7 @@ class Variant:
     num_stages: int = 2
     is_default: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
+    targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 @functools.cache
@@ -79,7 +81,7 @@ def runs_triton(*tensors: Tensor) -> bool:
     return is_interpreted() and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
-def launch(kernel: Any) -> Callable[..., Any]:
+def launch(kernel: Any) -> Any:
     """A kernel to be called as ``launch(kernel)[grid](*args)``: visible to Inductor where it is compiled."""
     launched: Callable[..., Any] = kernel if is_interpreted() else wrap_triton(kernel)
     return launched

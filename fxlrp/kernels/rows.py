@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def as_rows(x: Tensor, columns: Any) -> Tensor:
-    """``[..., columns]`` as ``[rows, columns]`` with columns side by side; a copy only where no view does it."""
+    """``[..., columns]`` as ``[rows, columns]`` with columns side by side; a copy only where no view does."""
     x = x.reshape(math.prod(x.shape[:-1]), columns)
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -47,3 +48,70 @@ def likely(size: Any, otherwise: int) -> int:
         hint = getattr(size.node, "_hint", None)
         found = otherwise if hint is None else int(hint)
     return found
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program holds at a time.
+
+    Attributes:
+        rows: of the tile, a power of 2.
+        columns: of the tile, a power of 2.
+        warps: of 32 threads.
+        loops: whether the program goes on to further tiles of the same rows.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    loops: bool = False
+
+    def __str__(self) -> str:
+        loop = ", looped" if self.loops else ""
+        return f"{self.rows} x {self.columns}, {self.warps} warps{loop}"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles for rows of any length: one tile for a whole row up to a width, beyond it several.
+
+    Sizes are bytes of one tensor. A thread has two or more loads of 16 bytes under way, enough to hide the
+    latency of memory, and few enough for two programs or more on a multiprocessor, so that one computes
+    while another waits.
+
+    Attributes:
+        widest: of the widest row that is one tile.
+        per_thread: what a thread holds of a tile that is wide enough.
+        looped: the widest tile of a row that has several.
+    """
+
+    widest: int
+    per_thread: int
+    looped: int
+
+    def of(self, columns: Any, itemsize: int) -> Tile:
+        """The tile for rows of so many columns; a symbol gets one that is right for any number of them."""
+        width = max(_NARROWEST, 1 << (likely(columns, 1024) - 1).bit_length())
+        if known(columns) is None or width * itemsize > self.widest:
+            return self._looped(min(width, self.looped // itemsize), itemsize)
+        return self._one(width, itemsize)
+
+    def all(self, itemsize: int) -> list[Tile]:
+        """Every tile that :meth:`of` can choose."""
+        widths = [1 << i for i in range(_NARROWEST.bit_length() - 1, (self.widest // itemsize).bit_length())]
+        looped = [self._looped(w, itemsize) for w in widths if w * itemsize <= self.looped]
+        return [*(self._one(w, itemsize) for w in widths), *looped]
+
+    def _one(self, width: int, itemsize: int) -> Tile:
+        elements = max(width, _SMALLEST // itemsize)
+        warps = elements * itemsize // (32 * self.per_thread)
+        return Tile(elements // width, width, min(16, max(4, warps)))
+
+    def _looped(self, width: int, itemsize: int) -> Tile:
+        # Of the widest, few programs at a time: what they read again is then still in the L2 cache.
+        warps = 16 if width * itemsize == self.looped else 8
+        return replace(self._one(width, itemsize), warps=warps, loops=True)
+
+
+#: Columns of the narrowest tile, and bytes that a tile has at least.
+_NARROWEST, _SMALLEST = 32, 4096

@@ -43,6 +43,8 @@ class Guarded:
 
     def check(self) -> None:
         """AssertionError where an element outside the tensor was written."""
+        if self.tensor.untyped_storage().data_ptr() != self.buffer.untyped_storage().data_ptr():
+            return  # given other memory since, as the interpreter does with tensors that it makes empty
         kind, canary = _CANARIES[self.buffer.dtype]
         bits = self.buffer.view(kind).clone()
         bits.as_strided(self.tensor.size(), self.tensor.stride(), self.tensor.storage_offset()).fill_(canary)

@@ -66,7 +66,7 @@ def attention_forward(
     Source: Dao et al. 2022 (FlashAttention); sinks: OpenAI 2025 (gpt-oss); soft cap: Gemma 2.
     """
     scoring = Scoring.of(q.shape[-1], scale, causal, offset, window, soft_cap)
-    if launch.runs_triton(q, k, v):
+    if _runs(q, k, v):
         from . import kernel
 
         return kernel.forward(q, k, v, mask, sinks, scoring)
@@ -107,7 +107,7 @@ def attention_relevance(
     """
     scoring = Scoring.of(q.shape[-1], scale, causal, offset, window, soft_cap, cap_gradient)
     share_q, share_k, share_v = shares
-    if launch.runs_triton(q, k, v, out, lse, g):
+    if _runs(q, k, v, out, lse, g):
         from . import kernel
 
         return kernel.relevance(
@@ -136,11 +136,16 @@ def attention_frozen_relevance(
     Source: Ali et al. 2022 (AH-rule); CP-LRP in AttnLRP, section 2.
     """
     scoring = Scoring.of(q.shape[-1], scale, causal, offset, window, soft_cap)
-    if launch.runs_triton(q, k, lse, g):
+    if _runs(q, k, lse, g):
         from . import kernel
 
         return kernel.frozen_relevance(q, k, lse, g, mask, scoring)
     return reference.frozen_relevance(q, k, lse, g, mask, scoring)
+
+
+def _runs(*tensors: Tensor) -> bool:
+    """Whether kernels run; on float64 the reference does."""
+    return launch.runs_triton(*tensors) and tensors[0].dtype in launch.DTYPES
 
 
 def _like(x: Tensor, *shape: Any) -> Tensor:

@@ -10,36 +10,44 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import DTYPES, Variant, launch
-from ..matmul import Tiles, choose, hint, shared_memory
-from ..matmul.kernel import add_parts, tile_of
+from ..matmul import Table, Tiles, as_rows, hint, shared_memory
+from ..matmul.kernel import add_parts, steps_of, tile_of
 
 #: Blocks of rows that go through the columns together.
 _GROUP = 8
 
-#: Largest first, by whether tensor cores multiply (half precision, TensorFloat-32) or not (float32).
-_TENSOR_CORES = {
-    torch.bfloat16: (
-        Tiles(128, 256, 64, warps=8, stages=3, shared=192),
-        Tiles(128, 128, 32, warps=8, stages=3, shared=96),
-        Tiles(64, 128, 64, warps=4, stages=3, shared=96),
-        Tiles(16, 64, 128, warps=4, stages=3, shared=96),
+_HALF = Table(
+    most=64,
+    few=(
+        Tiles(16, 64, 128, warps=4, stages=3),
+        Tiles(32, 128, 64, warps=4, stages=3),
+        Tiles(64, 128, 64, warps=4, stages=3),
     ),
-    torch.float32: (
-        Tiles(128, 128, 32, warps=8, stages=3, shared=192),
-        Tiles(64, 64, 32, warps=4, stages=3, shared=96),
-        Tiles(16, 64, 64, warps=4, stages=3, shared=96),
+    tuned=(
+        Tiles(16, 32, 256, warps=4, stages=3),
+        # Steps of 32: half of each step's multiplications overlap the next one's factors.
+        Tiles(128, 256, 32, warps=8, stages=4, shared=120),
+        Tiles(128, 128, 64, warps=8, stages=3, shared=128),
     ),
-}
-_TENSOR_CORES[torch.float16] = _TENSOR_CORES[torch.bfloat16]
-_FLOAT32 = (
-    Tiles(64, 64, 32, warps=8, stages=2, shared=96),
-    Tiles(16, 64, 32, warps=4, stages=2, shared=96),
+)
+_TF32 = Table(
+    most=64,
+    few=(Tiles(16, 64, 64, warps=4, stages=3), Tiles(64, 64, 32, warps=4, stages=3)),
+    tuned=(Tiles(128, 128, 32, warps=8, stages=3, shared=128),),
+)
+#: Without tensor cores, arithmetic and not reading is the cost from a few rows on, and cuBLAS is ahead there.
+_FLOAT32 = Table(
+    most=0,
+    few=(Tiles(16, 64, 32, warps=4, stages=3), Tiles(64, 64, 16, warps=4, stages=3)),
+    tuned=(Tiles(128, 128, 16, warps=8, stages=3),),
 )
 
 
-def tables(dtype: torch.dtype, tf32: bool) -> tuple[Tiles, ...]:
-    """What a launch chooses from."""
-    return _FLOAT32 if dtype == torch.float32 and not tf32 else _TENSOR_CORES[dtype]
+def table(dtype: torch.dtype, tf32: bool) -> Table:
+    """What a launch chooses from: tensor cores multiply half precision and TensorFloat-32, not float32."""
+    if dtype != torch.float32:
+        return _HALF
+    return _TF32 if tf32 else _FLOAT32
 
 
 def relevance(
@@ -55,16 +63,18 @@ def relevance(
     """The op's result; see there. `chosen`: tiles and parts of the reduction, for tests and tuning."""
     depth, columns = weight.shape
     shape = (*g.shape[:-1], columns)
-    z2, g3 = z.reshape(-1, depth), g.reshape(*g.shape[: g.dim() - z.dim()], -1, depth)
+    z2, g3 = as_rows(z), as_rows(g, *g.shape[: g.dim() - z.dim()])
     count = g3.shape[0] if g3.dim() == 3 else 1
     rows = z2.shape[0] * count
-    tiles, parts = chosen or choose(
-        tables(g.dtype, tf32), hint(g.shape[:-1]), columns, depth, shared_memory(g.device)
+    tiles, parts = chosen or table(g.dtype, tf32).choose(
+        hint(g.shape[:-1]), columns, depth, shared_memory(g.device)
     )
-    x2 = z2 if x is None else x.reshape(-1, columns)
-    floors = z2 if row_epsilon is None else row_epsilon.expand(*z.shape[:-1], 1).reshape(-1).float()
-    dtype = g.dtype if parts == 1 else torch.float32
-    out = torch.empty((parts, *shape), dtype=dtype, device=g.device)
+    x2 = z2 if x is None else as_rows(x)
+    floors = (
+        z2 if row_epsilon is None else row_epsilon.expand(*z.shape[:-1], 1).reshape(-1).float().contiguous()
+    )
+    result = torch.empty(shape, dtype=g.dtype, device=g.device)
+    out = result if parts == 1 else torch.empty((parts, *shape), dtype=torch.float32, device=g.device)
     grid = (-(-rows // tiles.rows) * -(-columns // tiles.columns), parts)
     launch(relevance_kernel)[grid](
         g3,
@@ -96,7 +106,9 @@ def relevance(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    return out[0] if parts == 1 else add_parts(out, g.dtype)
+    if parts > 1:
+        add_parts(out, result)
+    return result
 
 
 @triton.jit
@@ -141,9 +153,7 @@ def relevance_kernel(
     n = column_block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     m, k = r // count, r % count
     row, column = (r < rows)[:, None], (n < columns)[None, :]
-    steps = tl.cdiv(depth, DEPTH)
-    first = part * tl.cdiv(steps, PARTS)
-    last = tl.minimum(first + tl.cdiv(steps, PARTS), steps)
+    first, last = steps_of(part, depth, PARTS, DEPTH)
     d = first.to(tl.int64) * DEPTH + tl.arange(0, DEPTH)
     g_tile = g + (k * g_k + m * g_m)[:, None] + d[None, :] * g_d
     z_tile = z + (m * z_m)[:, None] + d[None, :] * z_d
@@ -165,32 +175,46 @@ def relevance_kernel(
         g_tile += DEPTH * g_d
         z_tile += DEPTH * z_d
         w_tile += DEPTH * w_d
-    inside = row & column
+    values = tl.cast(tl.cdiv(rows, count), tl.int64)
+    out += part.to(tl.int64) * rows * columns
+    if COLUMNS > 128:  # in halves, which take fewer registers
+        halves = tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)).split()
+        for half in tl.static_range(2):
+            c = column_block.to(tl.int64) * COLUMNS + half * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+            _store(halves[half], x, out, m, k * values + m, r < rows, c, columns, x_m, x_n, TIMES_X)
+    else:
+        _store(total, x, out, m, k * values + m, r < rows, n, columns, x_m, x_n, TIMES_X)
+
+
+@triton.jit
+def _store(total, x, out, m, out_row, is_row, n, columns, x_m, x_n, TIMES_X: tl.constexpr):
+    inside = is_row[:, None] & (n < columns)[None, :]
     if TIMES_X:
         total *= tl.load(x + (m * x_m)[:, None] + n[None, :] * x_n, mask=inside, other=0.0).to(tl.float32)
-    values = tl.cdiv(rows, count).to(tl.int64)
-    place = part.to(tl.int64) * rows * columns + ((k * values + m) * columns)[:, None] + n[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + (out_row * columns)[:, None] + n[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 def variants() -> Iterator[Variant]:
-    """Every tile of the tables for each dtype, and both orders of weights for the first."""
+    """Every tile of the tables for each dtype, and weights in the other order of strides for the largest."""
     for dtype, kind in DTYPES.items():
         for tf32 in (False, True) if dtype == torch.float32 else (False,):
-            for i, tiles in enumerate(tables(dtype, tf32)):
-                for order in ("w_n", "w_d") if i == 0 else ("w_n",):
-                    yield _variant(tiles, kind, tf32, order)
+            choices = table(dtype, tf32)
+            for tiles, is_default in choices.launched():
+                yield _variant(tiles, kind, tf32, is_default=is_default)
+            yield _variant(choices.few[-1], kind, tf32, order="w_d", is_default=choices.most > 0)
 
 
-def _variant(tiles: Tiles, kind: str, tf32: bool, order: str) -> Variant:
+def _variant(
+    tiles: Tiles, kind: str, tf32: bool, parts: int = 4, order: str = "w_n", is_default: bool = True
+) -> Variant:
+    """`order`: along which of its dimensions, in (w_n) or out (w_d), the weight is contiguous."""
     pointers = dict.fromkeys(("g", "z", "weight", "x"), f"*{kind}")
     wide = dict.fromkeys(("g_k", "g_m", "z_m", "w_d", "w_n", "x_m"), "i32")
     sizes = dict.fromkeys(("rows", "columns", "depth"), "i32")
-    part = tiles.rows < 64
     signature = {
         **pointers,
         "row_epsilon": "*fp32",
-        "out": "*fp32" if part else f"*{kind}",
+        "out": "*fp32" if parts > 1 else f"*{kind}",
         **sizes,
         **wide,
         "epsilon": "fp32",
@@ -206,7 +230,7 @@ def _variant(tiles: Tiles, kind: str, tf32: bool, order: str) -> Variant:
             "TIMES_X": True,
             "PRECISION": "tf32" if tf32 else "ieee",
             "EVEN": True,
-            "PARTS": 4 if part else 1,
+            "PARTS": parts,
             "ROWS": tiles.rows,
             "COLUMNS": tiles.columns,
             "DEPTH": tiles.depth,
@@ -214,4 +238,5 @@ def _variant(tiles: Tiles, kind: str, tf32: bool, order: str) -> Variant:
         },
         tiles.warps,
         tiles.stages,
+        is_default,
     )

@@ -18,7 +18,8 @@ def row_deviation(z: Tensor) -> Tensor:
     """The standard deviation of each row, ``[..., 1]``, in float32 at least."""
     wide = _wide(z)
     length = torch.linalg.vector_norm(wide - wide.mean(-1, keepdim=True), dim=-1, keepdim=True)
-    return (length * length / z.shape[-1]).sqrt()
+    deviation: Tensor = (length * length / z.shape[-1]).sqrt()
+    return deviation
 
 
 def relevance(

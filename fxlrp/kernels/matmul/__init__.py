@@ -1,27 +1,30 @@
 """What kernels of matrix products share: the choice of tiles, the order of programs, sums of parts.
 
 A product of few rows has fewer tiles than the device has multiprocessors. Its reduction is then split into
-parts of float32, which a second kernel adds in order: no atomic additions, whose order would differ from run to
-run. They cost two passes over ``parts x rows x columns`` floats, which stay in the cache of the device.
+parts of float32, which a second kernel adds in order: no atomic additions, whose order would differ from run
+to run. They cost two passes over ``parts x rows x columns`` floats, which stay in the device's cache.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-#: Programs that fill a device: one for each multiprocessor of an H200.
-PROGRAMS = 132
+#: Multiprocessors of an H200, one program each of those with large tiles.
+PROCESSORS = 132
 #: Least steps over the reduction in one part of it, so that the loop's pipeline fills.
 _STEPS = 4
 #: Most parts of a reduction: each is a pass over the output in float32.
 PARTS = 16
-#: Shared memory of a program, in KiB, taken where no device says its own: that of sm_90 and sm_100.
+#: Rows where nothing is known of them.
+_UNKNOWN = 4096
+#: Shared memory of a program, in KiB, taken where a device does not say its own: that of sm_90 and sm_100.
 _SHARED = 227
 
 
@@ -30,8 +33,8 @@ class Tiles:
     """What one program computes: ``rows x columns`` of the output, ``depth`` of the reduction in a step.
 
     Attributes:
-        shared: the most shared memory that it takes on any target, in KiB.
         swap: whether the transposed product is computed, weights first.
+        shared: KiB of shared memory that it may take on NVIDIA's GPUs; all have 99 for a program.
     """
 
     rows: int
@@ -39,40 +42,68 @@ class Tiles:
     depth: int
     warps: int
     stages: int
-    shared: int
     swap: bool = False
+    shared: int = 99
 
     def __str__(self) -> str:
         order = ", swapped" if self.swap else ""
         return f"{self.rows}x{self.columns}x{self.depth}, {self.warps} warps, {self.stages} stages{order}"
 
 
-def choose(table: Sequence[Tiles], rows: int, columns: int, depth: int, shared: int) -> tuple[Tiles, int]:
-    """Tiles for a product, and into how many parts its reduction is split.
+@dataclass(frozen=True)
+class Table:
+    """The tiles that launches choose from.
 
-    The first of the table that fits into shared memory, has no more than twice the rows that there are, and
-    fills the device; else the last that fits, its reduction split until the device is full.
-
-    Args:
-        table: largest tiles first.
-        rows: of the output, a hint.
-        columns: of the output.
-        depth: length of the reduction.
-        shared: shared memory that a program may take, in KiB.
+    Attributes:
+        most: rows up to which the kernel is launched. With more, what is computed on the way into the
+            product, again for each tile that reads it, costs more than the passes over memory that it saves.
+        few: for as few rows as they have, fewest first: reading the weights is the cost, so that one tile
+            takes all rows, and the reduction is split until reads of enough programs are under way.
+        many: for more, largest first: the first that fills the device, or the last with a split reduction.
+        tuned: not chosen; alternatives to measure.
     """
-    fitting = [t for t in table if t.shared <= shared] or [min(table, key=lambda t: t.shared)]
-    fitting = [t for t in fitting if t.rows < 2 * rows] or [min(fitting, key=lambda t: t.rows)]
-    for tiles in fitting:
-        if _programs(tiles, rows, columns) >= PROGRAMS:
-            return tiles, 1
-    tiles = fitting[0] if rows <= fitting[0].rows else fitting[-1]
-    wanted = -(-PROGRAMS // max(1, _programs(tiles, rows, columns)))
-    allowed = max(1, -(-depth // tiles.depth) // _STEPS)
-    return tiles, min(wanted, allowed, PARTS)
+
+    most: int
+    few: tuple[Tiles, ...]
+    many: tuple[Tiles, ...] = ()
+    tuned: tuple[Tiles, ...] = ()
+
+    def choose(self, rows: int, columns: int, depth: int, shared: int) -> tuple[Tiles, int]:
+        """Tiles for a product, and parts of its reduction.
+
+        Args:
+            rows: of the output; a hint where it is a symbol.
+            columns: of the output.
+            depth: length of the reduction.
+            shared: KiB of shared memory that a program may take.
+        """
+        for tiles in self.few:
+            if rows <= tiles.rows:
+                return tiles, _parts(tiles, rows, columns, depth, 2 * PROCESSORS)
+        for tiles in self.many:
+            if tiles.shared <= shared and _programs(tiles, rows, columns) >= PROCESSORS:
+                return tiles, 1
+        tiles = (self.many or self.few)[-1]
+        return tiles, _parts(tiles, rows, columns, depth, PROCESSORS)
+
+    def launched(self) -> Iterator[tuple[Tiles, bool]]:
+        """Every tile, and whether launches choose it."""
+        yield from ((tiles, self.most > 0) for tiles in (*self.few, *self.many))
+        yield from ((tiles, False) for tiles in self.tuned)
 
 
 def _programs(tiles: Tiles, rows: int, columns: int) -> int:
     return -(-rows // tiles.rows) * -(-columns // tiles.columns)
+
+
+def _parts(tiles: Tiles, rows: int, columns: int, depth: int, wanted: int) -> int:
+    fill = wanted // max(1, _programs(tiles, rows, columns))
+    return max(1, min(fill, -(-depth // tiles.depth) // _STEPS, PARTS))
+
+
+def as_rows(x: Tensor, *lead: Any) -> Tensor:
+    """``[*lead, ..., columns]`` as ``[*lead, rows, columns]``; a copy only where no view does it."""
+    return x.reshape(*lead, math.prod(x.shape[len(lead) : -1]), x.shape[-1])
 
 
 def hint(shape: Sequence[int]) -> int:
@@ -84,18 +115,19 @@ def _hint(size: Any) -> int:
     if not isinstance(size, torch.SymInt):
         return int(size)
     known = size.node.shape_env.size_hint(size.node.expr, allow_none=True)
-    return PROGRAMS * 32 if known is None else int(known)
+    return _UNKNOWN if known is None else int(known)
 
 
 def shared_memory(device: torch.device) -> int:
-    """Shared memory that a program may take on a device, in KiB."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    """Shared memory that a program may take on a device, in KiB. AMD's pipeline takes less of it for the same
+    tiles, all of which fit there.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return _SHARED
     return _device_shared_memory(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.cache
 def _device_shared_memory(index: int) -> int:
-    properties = torch.cuda.get_device_properties(index)
-    size: int = getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
+    size: int = getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin")  # noqa: B009
     return size // 1024

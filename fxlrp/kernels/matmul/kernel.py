@@ -16,12 +16,12 @@ from . import PARTS
 _BLOCK = 1024
 
 
-def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over the first dimension, in order, in a dtype."""
-    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    n = out.numel()
-    launch(sum_parts)[(-(-n // _BLOCK),)](parts, out, n, PARTS=parts.shape[0], BLOCK=_BLOCK)
-    return out
+def add_parts(parts: Tensor, out: Tensor, other: Tensor | None = None) -> None:
+    """Write sums over the first dimension, in order: of ``parts[:, 0]`` to `out`, of ``parts[:, 1]`` to `other`."""
+    n, outs = out.numel(), 1 if other is None else 2
+    launch(sum_parts)[(-(-n // _BLOCK), outs)](
+        parts, out, out if other is None else other, n, PARTS=parts.shape[0], OUTS=outs, BLOCK=_BLOCK
+    )
 
 
 @triton.jit
@@ -37,14 +37,52 @@ def tile_of(program, row_blocks, column_blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
-def sum_parts(parts, out, n, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """``out[i] = sum_p parts[p, i]``, one block of i a program."""
+def steps_of(part, depth, PARTS: tl.constexpr, DEPTH: tl.constexpr):
+    """The first step over the reduction of a part of it, and that after its last."""
+    steps = tl.cdiv(depth, DEPTH)
+    each = tl.cdiv(steps, PARTS)
+    first = part * each
+    return first, tl.minimum(first + each, steps)
+
+
+@triton.jit
+def down(v, SWAP: tl.constexpr):
+    """A vector of indices along the first axis of a matrix, or along the second of its transpose."""
+    return v[None, :] if SWAP else v[:, None]
+
+
+@triton.jit
+def across(v, SWAP: tl.constexpr):
+    """A vector of indices along the second axis of a matrix, or along the first of its transpose."""
+    return v[:, None] if SWAP else v[None, :]
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWAP: tl.constexpr):
+    """What products are added to: a matrix, or its transpose."""
+    return tl.zeros((COLUMNS, ROWS) if SWAP else (ROWS, COLUMNS), tl.float32)
+
+
+@triton.jit
+def dot(a, b, total, PRECISION: tl.constexpr, SWAP: tl.constexpr):
+    """``total + a b``, or of transposes ``total + b a``: then b, which is changed on the way, may stay in
+    registers, and few rows of a fill the instruction's shorter side.
+    """
+    return tl.dot(b if SWAP else a, a if SWAP else b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def sum_parts(parts, out, other, n, PARTS: tl.constexpr, OUTS: tl.constexpr, BLOCK: tl.constexpr):
+    """``out[i] = sum_p parts[p, 0, i]``, and `other` of ``parts[p, 1]``; one block of i a program."""
+    if tl.program_id(1) == 1:
+        out = other
+        parts += n
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(PARTS):
         total += tl.load(parts + i, mask=inside, other=0.0)
-        parts += n
+        parts += OUTS * n
     tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -52,6 +90,6 @@ def variants() -> Iterator[Variant]:
     """The sum for each dtype, and the least and most parts."""
     for kind in DTYPES.values():
         for parts in (2, PARTS):
-            signature = {"parts": "*fp32", "out": f"*{kind}", "n": "i32"}
-            constants = {"PARTS": parts, "BLOCK": _BLOCK}
+            signature = {"parts": "*fp32", "out": f"*{kind}", "other": f"*{kind}", "n": "i32"}
+            constants = {"PARTS": parts, "OUTS": 2, "BLOCK": _BLOCK}
             yield Variant(f"sum of {parts} parts, {kind}", sum_parts, signature, constants)

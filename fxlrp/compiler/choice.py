@@ -1,4 +1,4 @@
-"""Choices: some positions along one dimension of a tensor, as graphs spell them and as they are moved about."""
+"""Choices: some positions along one dimension of a tensor, as graphs spell them and as they are moved."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _counts(index: fx.Node, size: Any) -> bool:
     if not is_op(index, "arange"):
         return False
     start, stop, step = {1: (0, *index.args, 1), 2: (*index.args, 1), 3: index.args}[len(index.args)]
-    return start == 0 and step == 1 and same(value(stop), size)
+    return bool(start == 0 and step == 1 and same(value(stop), size))
 
 
 def _gather(node: fx.Node, x: Tensor, dim: int, index: fx.Node) -> Reading | None:

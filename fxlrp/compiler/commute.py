@@ -22,14 +22,14 @@ from .graphs import arg, leaves, value
 Places = dict[int, int]
 Row = Callable[[fx.Node, int], "Places | None"]
 
-_POINTWISE = """add sub rsub mul multiply div divide true_divide neg negative pow sqrt rsqrt reciprocal square abs
-    sign exp exp2 log log2 sigmoid softplus tanh cos sin clamp clamp_min clamp_max maximum minimum where
+_POINTWISE = """add sub rsub mul multiply div divide true_divide neg negative pow sqrt rsqrt reciprocal square
+    abs sign exp exp2 log log2 sigmoid softplus tanh cos sin clamp clamp_min clamp_max maximum minimum where
     masked_fill to to_copy type_as float dropout clone contiguous alias detach lift_fresh_copy nan_to_num
     eq ne lt le gt ge and or xor logical_and logical_or logical_xor logical_not bitwise_and bitwise_or
     bitwise_xor bitwise_not normalize normalize_divide self_gate"""
 #: Where these ops have the dimensions that they reduce.
 _REDUCTIONS = {
-    **dict.fromkeys("mean sum amax amin logsumexp var std var_mean std_mean".split(), 1),
+    **dict.fromkeys(["mean", "sum", "amax", "amin", "logsumexp", "var", "std", "var_mean", "std_mean"], 1),
     "linalg_vector_norm": 2,
 }
 _SPLITS = "split split_with_sizes chunk tensor_split"
@@ -71,7 +71,7 @@ def _broadcast(node: fx.Node, dim: int, among: Sequence[int] | None = None, to: 
         if not (isinstance(x, fx.Node) and isinstance(value(x), Tensor)) or (among and i not in among):
             continue
         place = dim - (len(shape) - _rank(x))
-        if place < 0 or same(value(x).shape[place], 1) and not same(shape[dim], 1):
+        if place < 0 or (same(value(x).shape[place], 1) and not same(shape[dim], 1)):
             continue
         if not same(value(x).shape[place], shape[dim]):
             return None
@@ -110,7 +110,7 @@ def _addmm(node: fx.Node, dim: int) -> Places | None:
 
 def _attention(node: fx.Node, dim: int) -> Places | None:
     """Queries and their rows of the mask, for all keys and values; or samples."""
-    query, key, _, mask, causal, _, grouped = attention_operands(node)
+    query, key, _, mask, causal, _, _grouped = attention_operands(node)
     shape = value(node).shape
     if causal and (mask is not None or not same(value(query).shape[-2], value(key).shape[-2])):
         return None
@@ -145,7 +145,8 @@ def _reduction(node: fx.Node, dim: int) -> Places | None:
 
 def _transpose(node: fx.Node, dim: int) -> Places | None:
     rank = _rank(node)
-    first, second = (d % rank for d in node.args[1:3]) if len(node.args) > 2 else (0, rank - 1)
+    given: Any = node.args[1:3] if len(node.args) > 2 else (0, rank - 1)
+    first, second = (d % rank for d in given)
     return {0: {first: second, second: first}.get(dim, dim)}
 
 
@@ -205,7 +206,8 @@ def _cat(node: fx.Node, dim: int) -> Places | None:
 
 
 def _stack(node: fx.Node, dim: int) -> Places | None:
-    own = (node.args[1] if len(node.args) > 1 else 0) % _rank(node)
+    given: Any = node.args[1] if len(node.args) > 1 else 0
+    own = given % _rank(node)
     return None if dim == own else dict.fromkeys(range(len(arg(node, 0))), dim - (dim > own))
 
 

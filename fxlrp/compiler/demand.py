@@ -140,7 +140,9 @@ def _without_dead(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def _called(mode: Any, graph: fx.Graph, op: Any, args: tuple[Any, ...], near: fx.Node | None = None) -> fx.Node:
+def _called(
+    mode: Any, graph: fx.Graph, op: Any, args: tuple[Any, ...], near: fx.Node | None = None
+) -> fx.Node:
     """A new node where the graph inserts, with its value, and with the provenance of a node near it."""
     node = graph.call_function(op, args)
     node.meta = {k: near.meta[k] for k in ("nn_module_stack", "stack_trace") if near and k in near.meta}
@@ -338,9 +340,9 @@ class _Demand:
         x, dim, choice = arg(rows, 0), found.dim, found.choice
         old, new = value(x).shape, value(node).shape
         in_place = len(old) == len(new) and all(map(same, old[:-1], new[:-1])) and dim < len(old) - 1
-        if not in_place or not same(old[-1], value(rows).shape[-1]) or choice.is_per_sample and dim == 0:
+        if not in_place or not same(old[-1], value(rows).shape[-1]) or (choice.is_per_sample and dim == 0):
             return False
-        if bias is not None and value(bias).dim() > 1 or arg(product, first + 1) in self.computed:
+        if (bias is not None and value(bias).dim() > 1) or arg(product, first + 1) in self.computed:
             return False
         mark = self.mark(node, found, {0: dim})
         for needed in choice.nodes:

@@ -1,68 +1,42 @@
-"""Demand slicing: only the rows of the output that the target reads are computed.
+"""Demand slicing: only the positions that the target reads are computed.
 
-The choice of one position per sample moves up through every step that treats positions alike: a head, a final
-norm, the last block's MLP and residual sums, until a step mixes positions. It is exact, and it makes
-full-sequence logits, which dominate small models, cost one row.
+A target reads one position of a sequence output, a classifier its class token, a pooler the last token. That
+choice moves up through every step that treats positions alike (a head, norms, the MLP, residual sums, the
+heads' views, the queries of attention) until a step mixes positions or somebody else reads them all. It is
+exact: the same function, op by op. :mod:`fxlrp.compiler.commute` says which op a choice moves past.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
-from ..rules.activation import RATIOS, op_name
-from .graphs import arg, copy_graph, fake_mode, leaves, output_node, outputs, value
-from .template import ancestors
-
-_POINTWISE = frozenset(
-    (
-        *RATIOS,
-        "add",
-        "sub",
-        "rsub",
-        "mul",
-        "div",
-        "neg",
-        "to",
-        "to_copy",
-        "type_as",
-        "dropout",
-        "clone",
-        "contiguous",
-        "alias",
-        "sigmoid",
-        "softplus",
-        "exp",
-        "rsqrt",
-        "sqrt",
-        "reciprocal",
-        "normalize",
-        "normalize_divide",
-        "self_gate",
-        "float",
-    )
+from .activity import candidates
+from .choice import CHOICE, ROW, TARGETS, Choice, Reading, part, reading, select_rows
+from .commute import Places, attention_operands, places, same, sized, tensor_of
+from .graphs import (
+    arg,
+    copy_graph,
+    fake_mode,
+    is_float,
+    is_op,
+    leaves,
+    output_node,
+    outputs,
+    placeholders,
+    tree,
+    value,
 )
 
+__all__ = ["CHOICE", "ROW", "TARGETS", "demanded", "last_unpadded", "only_outputs", "only_rows"]
 
-#: Meta key of nodes that hold one row for each of several targets: ``ROW`` for what is computed of such rows,
-#: ``CHOICE`` for where they are chosen. The coefficient of a row is that of its target alone.
-TARGETS, ROW, CHOICE = "targets", "row", "choice"
-
-
-def select_rows(x: Tensor, positions: Tensor) -> Tensor:
-    """Positions ``[batch]`` or ``[batch, K]`` of ``x [batch, sequence, ...]``: ``[batch, 1 or K, ...]``."""
-    rows = torch.arange(x.shape[0], device=x.device)
-    if positions.dim() > 1:
-        return x[rows.unsqueeze(1), positions]
-    return x[rows, positions].unsqueeze(1)
-
-
-def last_row(x: Tensor) -> Tensor:
-    """The last position of each sample: ``[batch, sequence, ...]`` -> ``[batch, 1, ...]``."""
-    return x[:, -1:]
+aten = torch.ops.aten
 
 
 def last_unpadded(mask: Tensor) -> Tensor:
@@ -75,25 +49,36 @@ def last_before_padding(mask: Tensor) -> Tensor:
     return last_unpadded(mask == 0)
 
 
+def counted(x: Tensor) -> Tensor:
+    """Positions of keys ``[..., n, d]``: ``[n]``."""
+    return torch.arange(x.shape[-2], device=x.device)
+
+
+def seen_from(rows: Tensor, keys: Tensor) -> Tensor:
+    """Which keys rows of causal attention see: their own position and those before.
+
+    Shapes: rows ``[m]``, keys ``[n]`` -> ``[m, n]``; rows ``[batch]`` or ``[batch, m]`` of each sample ->
+    ``[batch, 1, m, n]``. Rows below 0 count from the end.
+    """
+    return keys <= rows.remainder(keys.shape[0]).unsqueeze(-1)
+
+
+def seen_from_each(rows: Tensor, keys: Tensor) -> Tensor:
+    """:func:`seen_from` rows of each sample."""
+    rows = rows.unsqueeze(-1) if rows.dim() == 1 else rows
+    return seen_from(rows, keys).unsqueeze(1)
+
+
 def only_outputs(module: fx.GraphModule, wanted: Collection[int]) -> fx.GraphModule:
-    """The graph without what only other outputs need; those stand as None."""
+    """The graph without what only other outputs need, or nothing at all; other outputs stand as None."""
     new = copy_graph(module, "Demanded")
     output = output_node(new.graph)
     output.args = (tuple(node if i in wanted else None for i, node in enumerate(outputs(new.graph))),)
-    new.graph.eliminate_dead_code()
-    new.recompile()
-    return new
+    return _without_dead(new)
 
 
-def demand_rows(
-    module: fx.GraphModule,
-    output: int,
-    positions: str | None,
-    *,
-    given: bool,
-    padding: bool = False,
-    whole: Collection[str] = (),
-    lead: Any = None,
+def only_rows(
+    module: fx.GraphModule, output: int, positions: str | None, *, given: bool, padding: bool, lead: Any
 ) -> fx.GraphModule:
     """A graph whose only output is the chosen rows ``[batch, 1, classes]`` of one sequence output.
 
@@ -106,146 +91,307 @@ def demand_rows(
             if not; None for the last position.
         given: see ``positions``.
         padding: whether the mask is true where there is padding, and not where there is none.
-        whole: names of nodes of which every position is wanted.
         lead: the number of positions of each sample, a size or a symbol; None for one.
     """
-    old = module.graph
-    target = outputs(old)[output]
-    needed = ancestors([target], set())
-    mode = fake_mode(old)
-    full = _full(target, needed, whole, () if lead is None else _computed(old))
+    new = copy_graph(module, "Demanded")
+    graph, mode = new.graph, fake_mode(new.graph)
+    target: fx.Node = outputs(graph)[output]
+    *_, last = placeholders(graph)
+    choice = part(-1)
+    if positions is not None:
+        with graph.inserting_after(last):
+            if given:
+                chosen = graph.placeholder(positions)
+                with mode:
+                    shape = value(target).shape[:1] if lead is None else (value(target).shape[0], lead)
+                    chosen.meta = {"val": torch.zeros(shape, dtype=torch.long, device=value(target).device)}
+            else:
+                mask = next(n for n in placeholders(graph) if n.target == positions)
+                chosen = _called(mode, graph, last_before_padding if padding else last_unpadded, (mask,))
+        choice = Choice(select_rows, (chosen,))
+    with graph.inserting_before(output_node(graph)):
+        rows = _called(mode, graph, choice.op, (target, 1, *choice.operands), target)
+    if lead is not None:
+        rows.meta[TARGETS] = CHOICE
+    output_node(graph).args = ((rows,),)
+    return _without_dead(new)
 
-    graph = fx.Graph()
-    env: dict[fx.Node, Any] = {}
-    rows: dict[fx.Node, fx.Node] = {}
-    chosen: Any = None
 
-    def compute(op: Any, *args: Any) -> fx.Node:
-        node = graph.call_function(op, args)
-        with mode:
-            node.meta = {"val": op(*(value(a) for a in args)), "made_by": "demand"}
+def demanded(module: fx.GraphModule, whole: Collection[str] = ()) -> fx.GraphModule:
+    """A graph in which choices of positions stand as early as they can.
+
+    Args:
+        module: a canonical graph.
+        whole: names of nodes of which every position is wanted.
+    """
+    new = copy_graph(module, "Demanded")
+    kept = {*whole, *(source.node.name for source in candidates(new.graph))}
+    _Demand(new.graph, fake_mode(new.graph), frozenset(kept)).run()
+    return _without_dead(new)
+
+
+def _without_dead(module: fx.GraphModule) -> fx.GraphModule:
+    """Nothing but inputs and what the outputs are computed of; what checks values keeps nothing alive."""
+    for node in reversed(list(module.graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output"):
+            module.graph.erase_node(node)
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+def _called(
+    mode: Any, graph: fx.Graph, op: Any, args: tuple[Any, ...], near: fx.Node | None = None
+) -> fx.Node:
+    """A new node where the graph inserts, with its value, and with the provenance of a node near it."""
+    node = graph.call_function(op, args)
+    node.meta = {k: near.meta[k] for k in ("nn_module_stack", "stack_trace") if near and k in near.meta}
+    with mode, torch.no_grad():
+        node.meta.update({"val": op(*fx.map_arg(args, value)), "made_by": "demand"})
+    return node
+
+
+@dataclass(eq=False)
+class _Demand:
+    """One run of :func:`demanded`, which edits its own copy: the last node first, each once."""
+
+    graph: fx.Graph
+    mode: Any
+    whole: frozenset[str]
+    computed: set[fx.Node] = field(default_factory=set)
+    known: dict[fx.Node, Reading | None] = field(default_factory=dict)
+
+    def run(self) -> None:
+        for node in self.graph.nodes:
+            if node.op == "placeholder" or not self.computed.isdisjoint(node.all_input_nodes):
+                self.computed.add(node)
+        for node in reversed(list(self.graph.nodes)):
+            self.merge(node)
+            if node.op != "call_function" or node.target is operator.getitem:
+                continue
+            if not node.users:
+                self.graph.erase_node(node)
+                continue
+            found = self.demand(node)
+            if found is not None and node.name not in self.whole:
+                self.move(node, found)
+
+    # -- who reads what --------------------------------------------------------------------------------------
+
+    def reading(self, node: fx.Node) -> Reading | None:
+        if node not in self.known:
+            self.known[node] = reading(node)
+        return self.known[node]
+
+    def merge(self, node: fx.Node) -> None:
+        """One node for equal choices of a node's positions."""
+        first: dict[Reading, fx.Node] = {}
+        for user in sorted(node.users):
+            found = self.reading(user) if user.args and user.args[0] is node else None
+            if found is not None and user.meta.get("made_by") == "demand":
+                kept = first.setdefault(found, user)
+                if kept is not user:
+                    user.replace_all_uses_with(kept)
+                    self.graph.erase_node(user)
+
+    def demand(self, node: fx.Node) -> Reading | None:
+        """The choice that all readers of a node make, or None: the whole is read, or by several choices."""
+        choices = set()
+        for result in _results(node):
+            if result.name in self.whole or not result.users:
+                return None
+            for user in result.users:
+                found = self.reading(user)
+                if found is None or result is not user.args[0] or result in found.choice.nodes:
+                    return None
+                choices.add((found.choice, found.dim))
+        if len(choices) != 1 or not _results(node):
+            return None
+        ((choice, dim),) = choices
+        if choice.mark == ROW or same(tensor_of(node).shape[dim], 1):
+            return None
+        return None if any(self.depends(x, node) for x in choice.nodes) else Reading(choice, dim)
+
+    def depends(self, node: fx.Node, on: fx.Node) -> bool:
+        """Whether a node is computed of another one."""
+        seen, stack = set(), [node]
+        while stack:
+            current = stack.pop()
+            if current is on:
+                return True
+            new = [x for x in current.all_input_nodes if x not in seen and not x < on]
+            seen.update(new)
+            stack.extend(new)
+        return False
+
+    # -- moving ----------------------------------------------------------------------------------------------
+
+    def move(self, node: fx.Node, found: Reading) -> None:
+        """The op applied to chosen operands, in place of a choice of its output."""
+        choice, dim = found.choice, found.dim
+        if is_op(node, "reshape") and is_op(node.args[0], "mm", "addmm") and self.move_rows(node, found):
+            return
+        where = places(node, dim)
+        samples = (places(node, 0) or {}) if choice.is_per_sample else {}
+        if where is None or any(samples.get(i, 0) != 0 or at == 0 for i, at in where.items() if samples):
+            return
+        if choice.is_per_sample and not samples:
+            return
+        mark = self.mark(node, found, where)
+        for x in choice.nodes:
+            self.hoist(x, node)
+        flat, spec = tree(node)
+        made: dict[tuple[fx.Node, int], fx.Node] = {}
+        inner = replace(choice, mark=CHOICE if mark == ROW else None)
+        rank = tensor_of(node).dim()
+        with self.graph.inserting_before(node):
+            for i, at in where.items():
+                x = flat[i]
+                if (x, at) not in made:
+                    missing = choice.is_per_sample and i not in samples
+                    made[x, at] = self.chosen(x, at, inner, rank if missing else None)
+                flat[i] = made[x, at]
+            args, kwargs = pytree.tree_unflatten(flat, spec)
+            if sized(node) is not None:
+                sizes = list(args[1])
+                sizes[dim] = self.size(next(iter(made.values())), next(iter(where.values())))
+                args = (args[0], sizes, *args[2:])
+            if is_op(node, "attention") and dim == rank - 2:
+                args, kwargs = self.visible(node, args, kwargs, choice)
+        node.args, node.kwargs = args, kwargs
+        self.compute(node)
+        if mark is not None:
+            node.meta[TARGETS] = mark
+        self.hand_over(node, dim)
+
+    def mark(self, node: fx.Node, found: Reading, where: Places) -> str | None:
+        """What a node's coefficient is: of rows that each have a target of their own it is that target's
+        alone, as long as they stay rows behind the batch and share nothing.
+        """
+        if found.choice.mark != CHOICE:
+            return None
+        shared = [
+            x
+            for i, x in enumerate(leaves(node))
+            if i not in where and isinstance(x, fx.Node) and is_float(x) and x in self.computed
+        ]
+        return ROW if set(where.values()) == {1} == {found.dim} and not shared else CHOICE
+
+    def chosen(self, x: fx.Node, dim: int, choice: Choice, rank: int | None) -> fx.Node:
+        """Positions of an operand; ``rank``: of the output, for an operand that has no samples, which are
+        added in front.
+        """
+        near = x
+        if rank is not None:
+            (positions,) = choice.nodes
+            ahead = rank - value(x).dim()
+            for _ in range(ahead):
+                x = _called(self.mode, self.graph, aten.unsqueeze.default, (x, 0), near)
+            samples = self.size(positions, 0)
+            sizes = [samples, *[-1] * (rank - 1)]
+            x = _called(self.mode, self.graph, aten.expand.default, (x, sizes), near)
+            dim += ahead
+        node = _called(self.mode, self.graph, choice.op, (x, dim, *choice.operands), near)
+        if choice.mark is not None:
+            node.meta[TARGETS] = choice.mark
         return node
 
-    def row(node: Any) -> Any:
-        if not (isinstance(node, fx.Node) and _is_sequence(node, target)):
-            return env[node] if isinstance(node, fx.Node) else node
-        if node not in rows:
-            rows[node] = (
-                compute(select_rows, env[node], chosen)
-                if chosen is not None
-                else compute(last_row, env[node])
-            )
-            rows[node].meta.update(
-                {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
-            )
-            if lead is not None:
-                rows[node].meta[TARGETS] = CHOICE
-        return rows[node]
+    def compute(self, node: fx.Node) -> None:
+        """A node's value, anew."""
+        with self.mode, torch.no_grad():
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
+            op: Any = node.target
+            node.meta["val"] = op(*args, **kwargs)
 
-    for node in old.nodes:
-        if node.op == "placeholder":
-            env[node] = graph.node_copy(node, env.__getitem__)
-            env[node].meta = dict(node.meta)
-    if positions is not None and given:
-        chosen = graph.placeholder(positions)
-        with mode:
-            shape = value(target).shape[:1] if lead is None else (value(target).shape[0], lead)
-            chosen.meta = {"val": torch.zeros(shape, dtype=torch.long, device=value(target).device)}
-    elif positions is not None:
-        mask = next(env[n] for n in old.nodes if n.op == "placeholder" and n.target == positions)
-        chosen = compute(last_before_padding if padding else last_unpadded, mask)
-    for node in old.nodes:
-        if node.op in ("placeholder", "output") or node not in needed:
-            continue
-        if node in full:
-            env[node] = graph.node_copy(node, env.__getitem__)
-            env[node].meta = dict(node.meta)
-        else:
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), row)
-            rows[node] = graph.create_node(node.op, node.target, args, kwargs, name=node.name)
-            rows[node].meta = {**node.meta, "val": value(node)[:, :1]}
-            if lead is not None:
-                with mode:
-                    shape = (value(node).shape[0], lead, *value(node).shape[2:])
-                    rows[node].meta.update({"val": value(node).new_empty(shape), TARGETS: ROW})
-    graph.output((row(target),))
-    graph.lint()
-    return fx.GraphModule(module, graph, "Demanded")
+    def size(self, node: fx.Node, dim: int) -> Any:
+        """A size, as a number or a node."""
+        size = value(node).shape[dim]
+        if isinstance(size, int):
+            return size
+        return _called(self.mode, self.graph, aten.sym_size.int, (node, dim))
+
+    def visible(
+        self, node: fx.Node, args: Any, kwargs: dict[str, Any], choice: Choice
+    ) -> tuple[Any, dict[str, Any]]:
+        """Attention of chosen queries: what was causal becomes a mask; the last one sees all keys."""
+        _, key, _, _, causal, _, _ = attention_operands(node)
+        if not causal:
+            return args, kwargs
+        mask = None
+        if not choice.is_last:
+            keys = _called(self.mode, self.graph, counted, (key,), node)
+            if choice.is_per_sample:
+                rows, seen = choice.nodes[0], seen_from_each
+            else:
+                rows = _called(self.mode, self.graph, choice.op, (keys, 0, *choice.operands), node)
+                seen = seen_from
+            mask = _called(self.mode, self.graph, seen, (rows, keys), node)
+        return (*args[:3], mask), {**{k: v for k, v in kwargs.items() if k != "mask"}, "is_causal": False}
+
+    def move_rows(self, node: fx.Node, found: Reading) -> bool:
+        """Past ``reshape(addmm(b, reshape(x, [-1, n]), w), [..., m])``, a product of rows that are flattened
+        for it and put back: none of these three steps has the rows' dimension by itself.
+        """
+        product = arg(node, 0)
+        first = 1 if is_op(product, "addmm") else 0
+        rows, bias = arg(product, first), arg(product, 0) if first else None
+        if len(product.users) > 1 or product.name in self.whole or not is_op(rows, "reshape"):
+            return False
+        x, dim, choice = arg(rows, 0), found.dim, found.choice
+        old, new = value(x).shape, value(node).shape
+        in_place = len(old) == len(new) and all(map(same, old[:-1], new[:-1])) and dim < len(old) - 1
+        if not in_place or not same(old[-1], value(rows).shape[-1]) or (choice.is_per_sample and dim == 0):
+            return False
+        if (bias is not None and value(bias).dim() > 1) or arg(product, first + 1) in self.computed:
+            return False
+        mark = self.mark(node, found, {0: dim})
+        for needed in choice.nodes:
+            self.hoist(needed, product)
+        with self.graph.inserting_before(product):
+            inner = replace(choice, mark=CHOICE if mark == ROW else None)
+            chosen = self.chosen(x, dim, inner, None)
+            flat = _called(self.mode, self.graph, aten.reshape.default, (chosen, [-1, old[-1]]), rows)
+            sizes = list(arg(node, 1))
+            sizes[dim] = self.size(chosen, dim)
+        product.args = (*product.args[:first], flat, *product.args[first + 1 :])
+        node.args = (product, sizes)
+        for step in (product, node):
+            self.compute(step)
+        if mark is not None:
+            for step in (flat, product, node):
+                step.meta[TARGETS] = mark if step is node else ROW if mark == ROW else None
+        self.hand_over(node, dim)
+        return True
+
+    def hoist(self, node: fx.Node, before: fx.Node) -> None:
+        """Bring a node and what it is computed of in front of another one."""
+        if not node < before:
+            for x in node.all_input_nodes:
+                self.hoist(x, before)
+            before.prepend(node)
+
+    def hand_over(self, node: fx.Node, dim: int) -> None:
+        """The readers of a node that holds chosen positions by now."""
+        for result in _results(node):
+            if result is not node:
+                result.meta["val"] = value(node)[arg(result, 1)]
+                if TARGETS in node.meta:
+                    result.meta[TARGETS] = node.meta[TARGETS]
+            for user in list(result.users):
+                found = self.reading(user)
+                if found is not None and (found.drops or user.name in self.whole):
+                    user.target, user.args = (
+                        (aten.squeeze.dim, (result, dim)) if found.drops else (aten.alias.default, (result,))
+                    )
+                    self.known[user] = None
+                else:
+                    user.replace_all_uses_with(result)
+                    self.graph.erase_node(user)
 
 
-def _computed(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on an input."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _full(
-    target: fx.Node, needed: set[fx.Node], whole: Collection[str], computed: Collection[fx.Node] = ()
-) -> set[fx.Node]:
-    """Nodes of which every position is needed: steps that mix positions, and what such steps read.
-
-    ``computed``: nodes that rows may share with others only as sequences, since each row has a coefficient of
-    its own.
-    """
-    full: set[fx.Node] = set()
-
-    def row_wise(node: fx.Node) -> bool:
-        return _is_row_wise(node, target) and not any(
-            x in computed and not _is_sequence(x, target) for x in node.all_input_nodes
-        )
-
-    for node in (n for n in reversed(target.graph.nodes) if n in needed):
-        if node is target:
-            continue
-        readers = [user for user in node.users if user in needed]
-        if node.name in whole or not row_wise(node) or any(u in full or not row_wise(u) for u in readers):
-            full.add(node)
-    return full if row_wise(target) else full | {target}
-
-
-def _is_sequence(node: fx.Node, target: fx.Node) -> bool:
-    """Whether a node's first two sizes are the output's batch and sequence."""
-    mine, its = value(node), value(target)
-    return (
-        isinstance(mine, Tensor)
-        and mine.dim() >= 3
-        and all(str(a) == str(b) for a, b in zip(mine.shape[:2], its.shape[:2], strict=True))
-    )
-
-
-def _is_row_wise(node: fx.Node, target: fx.Node) -> bool:
-    """Whether a step treats every position of ``[batch, sequence, ...]`` alike and for itself."""
-    if node.op != "call_function" or not _is_sequence(node, target):
-        return False
-    name = op_name(node.target)
-    rank: int = value(node).dim()
-    nodes = [x for x in leaves(node) if isinstance(x, fx.Node)]
-    tensors = [x for x in nodes if isinstance(value(x), Tensor)]
-    if len(tensors) < len(nodes):
-        return False
-    if name in _POINTWISE:
-        return all(_is_sequence(x, target) or value(x).dim() <= 1 for x in tensors) and all(
-            value(x).dim() in (0, 1, rank) for x in tensors
-        )
-    if name == "linear":
-        return _is_sequence(arg(node, 0), target) and not any(
-            _is_sequence(x, target) for x in node.args[1:] if isinstance(x, fx.Node)
-        )
-    if name in ("layer_norm", "rms_norm"):
-        return len(arg(node, 1)) <= rank - 2
-    if name in ("mean", "sum"):
-        dims = arg(node, 1) if len(node.args) > 1 else None
-        return (
-            isinstance(dims, (list, tuple))
-            and all((d < 0 and d > 1 - rank) or d > 1 for d in dims)
-            and ((len(node.args) > 2 and node.args[2] is True) or node.kwargs.get("keepdim") is True)
-        )
-    if name == "slice":
-        start = arg(node, 2) if len(node.args) > 2 else None
-        stop = arg(node, 3) if len(node.args) > 3 else None
-        dim: int = arg(node, 1) if len(node.args) > 1 else 0
-        return dim > 1 or (start in (None, 0) and isinstance(stop, int) and stop >= 2**62)
-    return False
+def _results(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node computes: itself, or elements of its tuple; nothing where it is read whole."""
+    if isinstance(value(node), Tensor):
+        return [node]
+    elements = list(node.users)
+    return elements if all(x.target is operator.getitem for x in elements) else []

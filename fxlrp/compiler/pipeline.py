@@ -11,11 +11,11 @@ from ..rules import Composite, preset
 from .activity import explained, refuse_missing
 from .assign import assign
 from .canonicalize import Canonical
-from .demand import demand_rows, only_outputs
+from .demand import demanded, only_outputs, only_rows
 from .fused import AUTO, fuse
 from .graphs import outputs
 from .plan import Plan
-from .positions import with_position_leaves
+from .positions import PositionLeaf, with_position_leaves
 from .rewrite import rewrite
 from .seed import Seed
 from .transpose import Relevance, transpose
@@ -68,29 +68,31 @@ def build(
     parameters: Mapping[str, str] | None = None,
     notes: tuple[str, ...] = (),
     kernels: tuple[str, ...] = (AUTO,),
+    demand: bool = True,
 ) -> Program:
-    """From a canonical graph to its relevance graph."""
-    graph = canonical.graph
-    if rows is not None:
-        graph = demand_rows(
-            graph,
-            rows.output,
-            rows.positions,
-            given=rows.given,
-            padding=rows.padding,
-            whole=(latents or {}).values(),
-            lead=seed.lead if seed.rows else None,
+    """From a canonical graph to its relevance graph.
+
+    ``demand``: whether choices of positions move up to where positions mix; the same function either way.
+    """
+    if rows is None:
+        graph = only_outputs(canonical.graph, seed.outputs)
+    else:
+        lead = seed.lead if seed.rows else None
+        graph = only_rows(
+            canonical.graph, rows.output, rows.positions, given=rows.given, padding=rows.padding, lead=lead
         )
-    graph = only_outputs(graph, seed.outputs)
-    targets = seed.reads(outputs(graph.graph))
-    sources = explained(graph, targets, inputs)
+    leaves: tuple[PositionLeaf, ...] = ()
     idle: tuple[str, ...] = ()
     if preset(composite.base).positional:
+        sources = explained(graph, seed.reads(outputs(graph.graph)), inputs)
         graph, leaves = with_position_leaves(graph, sources)
         if not leaves:
             idle = (f"{composite.title}: no table of positions was found, so that none is explained",)
-        targets = seed.reads(outputs(graph.graph))
-        sources = (*explained(graph, targets, inputs), *leaves)
+    if demand:
+        graph = demanded(graph, {*(latents or {}).values(), *(leaf.node.name for leaf in leaves)})
+    targets = seed.reads(outputs(graph.graph))
+    nodes = {node.name: node for node in graph.graph.nodes}
+    sources = (*explained(graph, targets, inputs), *(leaf.moved(nodes) for leaf in leaves))
     plan = assign(graph, sources, targets, composite, strict=strict)
     refuse_missing(plan.sources, inputs)
     rule_graph = verify_rules(rewrite(graph, plan), plan)

@@ -21,7 +21,7 @@ _COPYING = """view reshape unsafe_view view_as reshape_as transpose permute t sw
     take_along_dim diagonal pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d
     replication_pad2d masked_fill where tril triu dropout feature_dropout unfold im2col pixel_shuffle
     pixel_unshuffle channel_shuffle upsample_nearest1d upsample_nearest2d upsample_nearest3d select_rows
-    last_row lift_fresh_copy positive numpy_T mT atleast_1d atleast_2d atleast_3d getitem"""
+    lift_fresh_copy positive numpy_T mT atleast_1d atleast_2d atleast_3d getitem"""
 _SCALING = """add sub rsub subtract mul multiply div divide true_divide neg negative to to_copy type_as
     rad2deg"""
 #: Steps whose outputs are copies of inputs' elements, or constants.

@@ -115,7 +115,7 @@ def _along(*places: int) -> Callable[[Call], _Stacked | None]:
 #: Dimensions of an operand with a batch, by the end of an op's name.
 _SPATIAL = {"1d": 3, "2d": 4, "3d": 5}
 
-_VIEWS = "slice select narrow chunk split split_with_sizes tensor_split diagonal unfold last_row"
+_VIEWS = "slice select narrow chunk split split_with_sizes tensor_split diagonal unfold"
 _CHOICES = "max min topk sort median kthvalue cummax cummin"
 _LEADING = "gelu mish layer_norm rms_norm"
 _BATCHES = """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution group_norm

@@ -13,10 +13,12 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from .bundle import Bundle
+from .compiler.budget import Budget, Memory, checked_budget
 from .compiler.canonicalize import canonicalize
 from .compiler.capture import TRACE, capture, identifier
 from .compiler.faithful import call_model, compare, run_model
 from .compiler.fused import chosen
+from .compiler.graphs import placeholders, value
 from .compiler.inputs import (
     Bound,
     bind,
@@ -29,6 +31,7 @@ from .compiler.inputs import (
 )
 from .compiler.latents import find
 from .compiler.ledger import account
+from .compiler.liveness import Sizes, sizes_at
 from .compiler.lower import lower
 from .compiler.parameters import named
 from .compiler.pipeline import Program, build
@@ -40,7 +43,7 @@ from .explanation import Explanation, one_or_many
 from .finite import refuse_nonfinite
 from .ledger import Ledger
 from .maps import JVP, VJP, LinearMap, Vectors, linear_map, mapped, names_of
-from .memory import in_chunks
+from .memory import advised, in_chunks
 from .rules import Composite, Selector, as_composite
 from .seeding import bundle_of, operands_of, seed_of
 from .targets import Function, Target, as_target, is_several, operand_tensors
@@ -58,6 +61,7 @@ def lrp_compile(
     chunk: int | None = None,
     parameters: tuple[str, ...] = (),
     kernels: str | tuple[str, ...] = "auto",
+    memory_budget: Budget = None,
 ) -> Explainer:
     """Compile a model into its layer-wise relevance propagation.
 
@@ -86,6 +90,10 @@ def lrp_compile(
         kernels: names of Triton kernels to use wherever they apply (docs/kernels.md); ``"auto"``: those that
             run on the model's device and were measured to be faster there; ``"reference"``: none. The plan's
             notes say which are used, and why others are not.
+        memory_budget: how much memory an explanation may take beside weights and inputs: None computes again
+            only what is next to free; a float in (0, 1] is a share of what that takes, an int is bytes.
+            Estimated at the first call's sizes; ``explainer.memory`` has the figures. The less, the more of
+            the forward runs twice, at most all of it.
 
     Returns:
         An explainer to call as the model itself, with ``target=`` on top.
@@ -108,6 +116,7 @@ def lrp_compile(
         chunk,
         parameters,
         chosen(kernels),
+        checked_budget(memory_budget),
     )
 
 
@@ -134,6 +143,7 @@ class Explainer:
     chunk: int | None = None
     parameters: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ("auto",)
+    memory_budget: Budget = None
     _traces: dict[Any, list[Trace]] = field(default_factory=dict, repr=False)
     _programs: dict[Any, Compiled] = field(default_factory=dict, repr=False)
     _maps: dict[Any, LinearMap] = field(default_factory=dict, repr=False)
@@ -182,14 +192,18 @@ class Explainer:
             operands = operands_of(trace, bound, wanted)
             compiled = self._program(trace, bound, wanted)
             self._remember(compiled, bound, args, kwargs, wanted.key)
-            relevance, scalar, coefficients, latents, *weights = compiled.runner(*bound.tensors, *operands)
+            with advised(compiled.program.memory):
+                relevance, scalar, coefficients, latents, *weights = compiled.runner(
+                    *bound.tensors, *operands
+                )
         else:
 
             def run(start: int, stop: int) -> Any:
                 part = several.part(start, stop)
                 compiled = self._program(trace, bound, part)
                 self._remember(compiled, bound, args, kwargs, part.key)
-                return compiled.runner(*bound.tensors, *part.operands)
+                with advised(compiled.program.memory):
+                    return compiled.runner(*bound.tensors, *part.operands)
 
             operands = several.operands
             relevance, scalar, coefficients, latents, *weights = in_chunks(run, several.count, self.chunk)
@@ -347,6 +361,13 @@ class Explainer:
         return self._of_last_call().program.plan
 
     @property
+    def memory(self) -> Memory:
+        """What an explanation is estimated to take beside weights and inputs, and the least it could; of the
+        last call's program.
+        """
+        return self._of_last_call().program.memory
+
+    @property
     def rule_graph(self) -> fx.GraphModule:
         """The model's forward with rule nodes in place of ops; of the last call. Takes its tensor inputs."""
         return self._of_last_call().program.rule_graph
@@ -487,6 +508,8 @@ class Explainer:
                     inputs=self._explained,
                     latents=latents,
                     parameters=named(trace.canonical.graph, self.model, self.parameters),
+                    budget=self.memory_budget,
+                    sizes=_sizes(trace, bound, target, lead),
                     notes=notes,
                     kernels=self.kernels,
                 )
@@ -609,6 +632,13 @@ def _keep_last(cache: dict[Any, Any], count: int, counts: Callable[[Any], bool])
     counted = [key for key in cache if counts(key)]
     for key in counted[: max(0, len(counted) - count)]:
         del cache[key]
+
+
+def _sizes(trace: Trace, bound: Bound, target: Target | Bundle, lead: Any) -> Sizes:
+    """What the symbols of a trace stand for in this call."""
+    fakes = [value(node) for node in placeholders(trace.canonical.graph.graph)]
+    counts = [(lead, target.count)] if isinstance(target, Bundle) else []
+    return sizes_at(fakes, bound.tensors, counts)
 
 
 def _ones(bound: Bound) -> tuple[bool, ...]:

@@ -1,13 +1,16 @@
-"""Several targets in as many passes as memory allows."""
+"""Several targets in as many passes as memory allows, and what to do where not even one fits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from .compiler.budget import Memory
 
 #: What PyTorch's allocators for the CPU say, whose error has no class of its own.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory")
@@ -34,6 +37,23 @@ def in_chunks(run: Callable[[int, int], Any], count: int, chunk: int | None) -> 
             size = (stop - start + 1) // 2
             # Out of the handler before the next try: until then the error keeps the failed run's tensors.
     return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+@contextlib.contextmanager
+def advised(memory: Memory) -> Iterator[None]:
+    """A region in which running out of memory says how to take less: a note on the error, which stays as it
+    is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if _is_out_of_memory(error):
+            error.add_note(
+                f"fxlrp: {memory.describe()}. "
+                f"lrp_compile(..., memory_budget={memory.least_share}) takes the least that can be, "
+                f"{memory.least.peak / 2**20:.1f} MiB; any share of the default between computes less again."
+            )
+        raise
 
 
 def _joined(parts: list[Any]) -> Any:

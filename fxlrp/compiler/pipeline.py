@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from ..rules import Composite, preset
 from .activity import explained, refuse_missing
 from .assign import assign
+from .budget import Budget, Memory, rematerialise
 from .canonicalize import Canonical
 from .demand import demanded, only_outputs, only_rows
 from .fused import AUTO, fuse
 from .graphs import outputs
+from .liveness import Sizes
 from .plan import Plan
 from .positions import PositionLeaf, with_position_leaves
 from .rewrite import rewrite
@@ -48,12 +50,14 @@ class Program:
         rule_graph: the forward with rule nodes; it returns what the seed reads.
         relevance: the relevance graph.
         seed: the explained scalar.
+        memory: what it is estimated to take, and could.
     """
 
     plan: Plan
     rule_graph: fx.GraphModule
     relevance: Relevance
     seed: Seed
+    memory: Memory
 
 
 def build(
@@ -66,6 +70,8 @@ def build(
     inputs: Collection[str] = (),
     latents: Mapping[str, str] | None = None,
     parameters: Mapping[str, str] | None = None,
+    budget: Budget = None,
+    sizes: Sizes | None = None,
     notes: tuple[str, ...] = (),
     kernels: tuple[str, ...] = (AUTO,),
     demand: bool = True,
@@ -109,6 +115,7 @@ def build(
         templates=canonical.templates,
         parameters=dict(parameters or {}),
     )
-    verify_relevance(relevance.graph)
+    graph, memory = rematerialise(relevance.graph, budget, sizes or Sizes())
+    relevance = replace(relevance, graph=verify_relevance(graph))
     plan = Plan(plan.rows, tuple(moved), (*notes, *canonical.misses, *fusion.notes), (*plan.idle, *idle))
-    return Program(plan, rule_graph, relevance, seed)
+    return Program(plan, rule_graph, relevance, seed, memory)

@@ -52,7 +52,7 @@ class Shapes:
                         return False
                 else:
                     compound.append((size, actual))
-        if any(expr.xreplace(_integers(symbols)) != actual for expr, actual in compound):
+        if any(expr.xreplace(integers(symbols)) != actual for expr, actual in compound):
             return False
         for symbol, actual in symbols.items():
             bounds = self.ranges.get(symbol)
@@ -69,16 +69,17 @@ class Shapes:
             if not isinstance(size, int)
         }
         expressions = [_expression(size) for size in shape]
-        return tuple(e if isinstance(e, int) else int(e.xreplace(_integers(symbols))) for e in expressions)
+        return tuple(e if isinstance(e, int) else int(e.xreplace(integers(symbols))) for e in expressions)
 
     @staticmethod
     def _holds(condition: Any, symbols: dict[Any, int]) -> bool:
         if not condition.free_symbols <= symbols.keys():
             return True  # about sizes inside the graph, not of the inputs
-        return bool(condition.xreplace(_integers(symbols)))
+        return bool(condition.xreplace(integers(symbols)))
 
 
-def _integers(symbols: dict[Any, int]) -> dict[Any, Any]:
+def integers(symbols: dict[Any, int]) -> dict[Any, Any]:
+    """What symbols stand for, as sympy has it."""
     import sympy
 
     return {symbol: sympy.Integer(value) for symbol, value in symbols.items()}

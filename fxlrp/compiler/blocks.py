@@ -251,7 +251,7 @@ class _Outliner:
         while position < total:
             if position in by_start:
                 block, place = by_start[position]
-                self._call(f"block_{block}", self.nodes.part(place), sorted(used[block]))
+                self._call(f"fxlrp_block_{block}", self.nodes.part(place), sorted(used[block]))
             else:
                 end = min((start for start in by_start if start > position), default=total)
                 place = range(position, end)
@@ -260,12 +260,12 @@ class _Outliner:
                     for node in part.nodes:
                         self._copy(node)
                 else:
-                    self._call(f"between_{position}", part, sorted(part.used))
+                    self._call(f"fxlrp_between_{position}", part, sorted(part.used))
             position = place.stop
         self.graph.output(fx.map_arg(arg(output_node(self.module.graph), 0), self._operand))
         self.graph.lint()
         graph = fx.GraphModule(self.attributes, self.graph, "Outlined")
-        return Outlined(graph, {f"block_{i}": len(places) for i, places in enumerate(blocks)})
+        return Outlined(graph, {f"fxlrp_block_{i}": len(places) for i, places in enumerate(blocks)})
 
     def _operand(self, node: fx.Node) -> Any:
         """What stands for a node in the outer graph."""

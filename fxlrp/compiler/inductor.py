@@ -56,7 +56,7 @@ class Layout:
     def of(tensor: Tensor) -> Layout:
         """The layout of a dense tensor; of any other one the traced one."""
         wide = [d for d in range(tensor.dim()) if tensor.shape[d] > 1 and tensor.stride(d) > 0]
-        order = sorted(wide, key=lambda d: -tensor.stride(d))
+        order = sorted(wide, key=tensor.stride, reverse=True)
         expected = 1
         for d in reversed(order):
             if tensor.stride(d) != expected and tensor.numel():
@@ -158,7 +158,11 @@ def _dense(run: Callable[..., Any], astray: Sequence[int], *args: Any) -> Any:
 
 def _at(size: Any, sizes: Mapping[Any, int]) -> int:
     """A size of the trace as a number."""
-    return size if isinstance(size, int) else int(size.node.expr.xreplace({k: sympy.Integer(v) for k, v in sizes.items()}))
+    return (
+        size
+        if isinstance(size, int)
+        else int(size.node.expr.xreplace({k: sympy.Integer(v) for k, v in sizes.items()}))
+    )
 
 
 def _symbol(mode: FakeTensorMode, name: str, size: int) -> Any:

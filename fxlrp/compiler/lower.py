@@ -13,6 +13,7 @@ from torch import fx
 
 from ..errors import InputError
 from .blocks import outline
+from .cudagraphs import CudaRecorder, Replayed
 from .inductor import Compilable
 from .inputs import collection_paused, plain_region
 
@@ -63,7 +64,7 @@ class _Inductor(_Eager):
 
 
 class _Blocks:
-    """A graph of blocks whose kernels are looked up once for each shape of inputs, and then called as they are.
+    """A graph of blocks whose kernels are looked up once for each shape of inputs and then just called.
 
     Inputs are contiguous, so that their shapes decide the strides of everything.
     """
@@ -71,7 +72,7 @@ class _Blocks:
     def __init__(self, outlined: fx.GraphModule) -> None:
         self.run = direct(outlined)
         self.calls = [n.target for n in outlined.graph.nodes if n.op == "call_module"]
-        self.blocks = {name: Compilable(outlined.get_submodule(name)) for name in dict.fromkeys(self.calls)}
+        self.blocks = {name: Compilable(getattr(outlined, name)) for name in dict.fromkeys(self.calls)}
         self.known: dict[Any, Runner] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -104,7 +105,16 @@ def _inductor(graph: fx.GraphModule, device: torch.device, blocks: bool) -> Runn
         return _Inductor(graph) if outlined is None else _Blocks(outlined.graph)
 
 
-_LOWERED = {"eager": _eager, "inductor": _inductor}
+def _cudagraphs(graph: fx.GraphModule, device: torch.device, blocks: bool) -> Runner:
+    if device.type != "cuda":
+        raise InputError(
+            f"backend='cudagraphs' records CUDA kernels, but the inputs are on {device}. Move model and "
+            "inputs to a GPU, or use backend='auto'."
+        )
+    return Replayed(_inductor(graph, device, blocks), CudaRecorder(device))
+
+
+_LOWERED = {"eager": _eager, "inductor": _inductor, "cudagraphs": _cudagraphs}
 BACKENDS = ("auto", *_LOWERED)
 
 
@@ -117,7 +127,8 @@ def direct(module: fx.GraphModule) -> Runner:
     """
     graph = fx.Graph()
     known: dict[fx.Node, fx.Node] = {}
-    weights, called = [], []
+    weights: list[Any] = []
+    called: list[fx.Node] = []
     for node in module.graph.nodes:
         if node.op == "get_attr":
             weights.append(operator.attrgetter(node.target)(module))
@@ -149,4 +160,3 @@ def direct(module: fx.GraphModule) -> Runner:
     names = {**code.globals, **entries}
     exec(compile(source, "<relevance graph>", "exec"), names)
     return functools.partial(names["forward"], None, *weights)
-

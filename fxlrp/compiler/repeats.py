@@ -36,8 +36,8 @@ def runs(
 ) -> list[Run]:
     """Disjoint runs, in order: in each stretch the one that saves most, then the same left and right of it.
 
-    A sequence of period p stays one wherever its repetitions are cut. ``width(start, p)`` says for each of the
-    p places behind ``start`` how much would cross a cut there; the narrowest is taken.
+    A sequence of period p stays one wherever its repetitions are cut. ``width(start, p)`` says for each of
+    the p places behind ``start`` how much would cross a cut there; the narrowest is taken.
 
     Args:
         items: what is compared.

@@ -71,8 +71,9 @@ def lrp_compile(
     Args:
         model: any module that maps tensors to tensors.
         composite: a preset's name (``fxlrp.composites``) or a :class:`fxlrp.Composite`.
-        backend: ``"eager"``, ``"inductor"``, or ``"auto"``: inductor where there is a GPU, eager else (on a
-            CPU, compiling takes longer than many explanations do).
+        backend: ``"eager"``, ``"inductor"`` (layers that are alike compile once), ``"cudagraphs"`` (the same,
+            recorded once for each shape of inputs and replayed; on a GPU only), or ``"auto"``: inductor where
+            there is a GPU, eager else (on a CPU, compiling takes longer than many explanations do).
         dynamic: trace once for all batch sizes and lengths; where that does not generalise, or on False, once
             a shape.
         strict: refuse nonlinear ops without a rule; False takes a first-order Taylor step and says so in the

@@ -185,18 +185,19 @@ def _key(node: fx.Node) -> Any:
     if isinstance(value, torch.SymInt):
         return ("size", str(value.node.expr))
     try:
-        key = (node.target, _freeze(node.args), _freeze(node.kwargs))
+        key = (node.target, frozen(node.args), frozen(node.kwargs))
         hash(key)
     except TypeError:
         return None
     return key
 
 
-def _freeze(item: Any) -> Any:
+def frozen(item: Any) -> Any:
+    """A node's argument as a key that tells constants of different types apart."""
     if isinstance(item, (list, tuple)):
-        return (type(item).__name__ in ("tuple",), tuple(_freeze(i) for i in item))
+        return (type(item).__name__ in ("tuple",), tuple(frozen(i) for i in item))
     if isinstance(item, dict):
-        return tuple(sorted((k, _freeze(v)) for k, v in item.items()))
+        return tuple(sorted((k, frozen(v)) for k, v in item.items()))
     if isinstance(item, (float, int, bool)):
         return type(item), item
     if isinstance(item, slice):

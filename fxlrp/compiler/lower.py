@@ -12,27 +12,35 @@ import torch
 from torch import fx
 
 from ..errors import InputError
-from .inputs import plain_region
+from .blocks import outline
+from .cudagraphs import CudaRecorder, Replayed
+from .inductor import Compilable
+from .inputs import collection_paused, plain_region
 
 #: Takes the relevance graph's inputs, returns its outputs.
 Runner = Callable[..., Any]
-BACKENDS = ("auto", "eager", "inductor")
+#: For how many shapes of inputs it is kept which kernels they need.
+_KEPT_SHAPES = 256
 
 
-def lower(graph: fx.GraphModule | None, backend: str, device: torch.device) -> Runner:
+def lower(graph: fx.GraphModule | None, backend: str, device: torch.device, *, blocks: bool = True) -> Runner:
     """A callable for the relevance graph.
 
+    Args:
+        graph: the relevance graph; None only asks whether there is such a backend.
+        backend: one of ``BACKENDS``.
+        device: where the inputs are.
+        blocks: whether layers that are alike are compiled once, where there are enough (``blocks.TIMES``).
+
     Raises:
-        InputError: an unknown backend.
+        InputError: an unknown backend, or one that does not serve this device.
     """
     if backend not in BACKENDS:
         raise InputError(f"There is no backend {backend!r}. Backends: {', '.join(BACKENDS)}.")
-    chosen = ("inductor" if device.type == "cuda" else "eager") if backend == "auto" else backend
     if graph is None:
         return _nothing
-    if chosen == "eager":
-        return _Eager(graph)
-    return _Inductor(graph)
+    chosen = ("inductor" if device.type == "cuda" else "eager") if backend == "auto" else backend
+    return _LOWERED[chosen](graph, device, blocks)
 
 
 def _nothing(*args: Any) -> Any:
@@ -41,7 +49,7 @@ def _nothing(*args: Any) -> Any:
 
 class _Eager:
     def __init__(self, graph: fx.GraphModule) -> None:
-        self.run = _direct(graph)
+        self.run = direct(graph)
 
     def __call__(self, *args: Any) -> Any:
         with plain_region():
@@ -55,20 +63,88 @@ class _Inductor(_Eager):
         self.run = torch.compile(graph, fullgraph=True, dynamic=True)
 
 
-def _direct(module: fx.GraphModule) -> Runner:
+class _Blocks:
+    """A graph of blocks whose kernels are looked up once for each shape of inputs and then just called.
+
+    Inputs are contiguous, so that their shapes decide the strides of everything.
+    """
+
+    def __init__(self, outlined: fx.GraphModule) -> None:
+        self.run = direct(outlined)
+        self.calls = [n.target for n in outlined.graph.nodes if n.op == "call_module"]
+        self.blocks = {name: Compilable(getattr(outlined, name)) for name in dict.fromkeys(self.calls)}
+        self.known: dict[Any, Runner] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        shapes = tuple([a.shape for a in args])
+        run = self.known.get(shapes)
+        with plain_region():
+            return self._first(shapes, args) if run is None else run(*args)
+
+    def _first(self, shapes: Any, args: tuple[Any, ...]) -> Any:
+        found: list[Any] = []
+
+        def call(name: str, *given: Any) -> Any:
+            found.append(self.blocks[name].kernel(given))
+            return found[-1](*given)
+
+        result = self.run(*[functools.partial(call, name) for name in self.calls], *args)
+        if len(self.known) >= _KEPT_SHAPES:
+            self.known.clear()
+        self.known[shapes] = functools.partial(self.run, *found)
+        return result
+
+
+def _eager(graph: fx.GraphModule, device: torch.device, blocks: bool) -> Runner:
+    return _Eager(graph)
+
+
+def _inductor(graph: fx.GraphModule, device: torch.device, blocks: bool) -> Runner:
+    with collection_paused():
+        outlined = outline(graph) if blocks else None
+        return _Inductor(graph) if outlined is None else _Blocks(outlined.graph)
+
+
+def _cudagraphs(graph: fx.GraphModule, device: torch.device, blocks: bool) -> Runner:
+    if device.type != "cuda":
+        raise InputError(
+            f"backend='cudagraphs' records CUDA kernels, but the inputs are on {device}. Move model and "
+            "inputs to a GPU, or use backend='auto'."
+        )
+    return Replayed(_inductor(graph, device, blocks), CudaRecorder(device))
+
+
+_LOWERED = {"eager": _eager, "inductor": _inductor, "cudagraphs": _cudagraphs}
+BACKENDS = ("auto", *_LOWERED)
+
+
+def direct(module: fx.GraphModule) -> Runner:
     """The graph's code over the ops' entries in the dispatcher and the weights themselves.
 
     For small tensors, looking up an op by its path, the Python frame of ``OpOverload.__call__`` and fetching
-    weights module by module take as long as the ops do.
+    weights module by module take as long as the ops do. What its calls of submodules call are the first
+    arguments, one for each call.
     """
     graph = fx.Graph()
     known: dict[fx.Node, fx.Node] = {}
-    weights = []
+    weights: list[Any] = []
+    called: list[fx.Node] = []
     for node in module.graph.nodes:
         if node.op == "get_attr":
             weights.append(operator.attrgetter(node.target)(module))
             known[node] = graph.placeholder(f"weight_{len(weights)}_")
-    graph.output(graph.graph_copy(module.graph, known))
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            called.append(graph.placeholder(f"call_{len(called)}_"))
+    calls = iter(called)
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            operands = fx.map_arg(node.args, known.__getitem__)
+            known[node] = graph.call_function(operator.call, (next(calls), *operands))
+        elif node.op == "output":
+            graph.output(fx.map_arg(node.args[0], known.__getitem__))
+        elif node not in known:
+            known[node] = graph.node_copy(node, known.__getitem__)
     code = graph.python_code("self")
     entries: dict[str, Any] = {}
 

@@ -1,7 +1,9 @@
 """fxlrp: compile any Transformer into its layer-wise relevance propagation."""
 
 from . import concepts
+from .artifact import LoadedExplainer, load
 from .errors import (
+    ArtifactError,
     CaptureError,
     CompositeError,
     CompositeWarning,
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "JVP",
     "VJP",
+    "ArtifactError",
     "CaptureError",
     "Composite",
     "CompositeError",
@@ -42,6 +45,7 @@ __all__ = [
     "LogProb",
     "Logit",
     "LogitDifference",
+    "LoadedExplainer",
     "NoPathError",
     "NonFiniteError",
     "Predicted",
@@ -57,6 +61,7 @@ __all__ = [
     "concepts",
     "first",
     "last",
+    "load",
     "lrp_compile",
     "module_type",
     "name",

@@ -43,6 +43,10 @@ class CompositeWarning(UserWarning):
     """An entry of a composite that decides nothing on this model."""
 
 
+class ArtifactError(FxlrpError, RuntimeError):
+    """A saved explainer cannot be written or read, or does not hold what is asked of it."""
+
+
 class GraphError(FxlrpError, AssertionError):
     """A stage of the compiler produced a graph that breaks its dialect; always a bug of fxlrp."""
 

@@ -1,6 +1,7 @@
 """fxlrp: compile any Transformer into its layer-wise relevance propagation."""
 
 from . import concepts
+from ._version import __version__ as __version__
 from .artifact import LoadedExplainer, load
 from .errors import (
     ArtifactError,
@@ -26,8 +27,6 @@ from .targets import Function, Logit, LogitDifference, LogProb, Predicted, Span,
 #: The names that ``composite=`` takes.
 composites = tuple(PRESETS)
 
-__version__ = "0.1.0"
-
 __all__ = [
     "JVP",
     "VJP",
@@ -42,10 +41,10 @@ __all__ = [
     "FxlrpError",
     "InputError",
     "Ledger",
+    "LoadedExplainer",
     "LogProb",
     "Logit",
     "LogitDifference",
-    "LoadedExplainer",
     "NoPathError",
     "NonFiniteError",
     "Predicted",

@@ -1,7 +1,7 @@
 """Sizes of inputs: expressions in symbols as JSON, and for which inputs an artifact is valid.
 
-An expression is an integer, a symbol's name, or ``[operator, operand, ...]``. It is evaluated over rational numbers,
-without sympy, whose parser runs what it reads as code.
+An expression is an integer, a symbol's name, or ``[operator, operand, ...]``. It is evaluated over rational
+numbers, without sympy, whose parser runs what it reads as code.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def to_data(expression: Any) -> Any:
     name = _CLASSES.get(type(expression).__name__)
     if name is None or (name == "pow" and not (expression.args[1].is_Integer and expression.args[1] >= 0)):
         raise ArtifactError(
-            f"The sizes that this program is valid for cannot be written down: {expression}. Save one for fixed "
-            "sizes: lrp_compile(model, dynamic=False)."
+            f"The sizes that this program is valid for cannot be written down: {expression}. Save one for "
+            "fixed sizes: lrp_compile(model, dynamic=False)."
         )
     return [name, *map(to_data, expression.args)]
 

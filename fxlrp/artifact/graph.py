@@ -1,8 +1,8 @@
 """A relevance graph as plain data, and a graph of plain data, node by node.
 
-Nodes are ``{"name", "input"}`` (the number of the input), ``{"name", "constant"}`` (the number of the tensor) or
-``{"name", "op", "args", "kwargs"}``. An argument is null, a bool, an integer, a finite float, text, a list of
-arguments, or an object with one key that says what it is (``_TAGS``).
+Nodes are ``{"name", "input"}`` (the number of the input), ``{"name", "constant"}`` (the number of the tensor)
+or ``{"name", "op", "args", "kwargs"}``. An argument is null, a bool, an integer, a finite float, text, a list
+of arguments, or an object with one key that says what it is (``_TAGS``).
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ _FORMATS = {
 DTYPES = {
     str(d).removeprefix("torch."): d
     for name in (
-        "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex32 complex64 "
-        "complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"
-    ).split()
+        *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+        *("float16", "bfloat16", "float32", "float64", "complex32", "complex64", "complex128"),
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    )
     if (d := getattr(torch, name, None)) is not None
 }
 
@@ -63,9 +64,13 @@ def to_data(graph: fx.Graph, constant: Callable[[fx.Node], int]) -> dict[str, An
             nodes.append({"name": node.name, "constant": constant(node)})
         elif node.op == "call_function":
             call = {"op": name_of(node.target), "args": [_encode(a) for a in node.args]}
-            nodes.append({"name": node.name, **call, "kwargs": {k: _encode(v) for k, v in node.kwargs.items()}})
+            nodes.append(
+                {"name": node.name, **call, "kwargs": {k: _encode(v) for k, v in node.kwargs.items()}}
+            )
         elif node.op != "output":
-            raise ArtifactError(f"The relevance graph has a node of kind {node.op}, which no artifact may hold.")
+            raise ArtifactError(
+                f"The relevance graph has a node of kind {node.op}, which no artifact may hold."
+            )
     return {"nodes": nodes, "output": _encode(output_node(graph).args[0])}
 
 

@@ -1,7 +1,7 @@
-"""What an artifact may call: a closed table of functions, and PyTorch's ops that compute a result from tensors.
+"""What an artifact may call: a closed table of functions, and PyTorch's ops that only compute.
 
-An op is taken if it is functional (its schema writes to no operand) and all that it takes are tensors, numbers,
-sizes, dtypes, devices, layouts and memory formats. Text is taken where it names a choice, such as
+An op is taken if it is functional (its schema writes to no operand) and all that it takes are tensors,
+numbers, sizes, dtypes, devices, layouts and memory formats. Text is taken where it names a choice, such as
 ``rounding_mode``; so ``aten::from_file``, which takes a file's name, is none of them.
 """
 
@@ -114,11 +114,11 @@ def name_of(target: Any) -> str:
         return _NAMES[target]
     if isinstance(target, torch._ops.OpOverload):
         name = f"{target._schema.name}.{target._overloadname}"
-        if resolve(name) is target:
+        if not _reason(target) and resolve(name) is target:
             return name
     raise ArtifactError(
-        f"The relevance graph calls {target}, which no artifact may call: {_reason(target)}. Explain where the "
-        "model is, or write the step with PyTorch's own ops."
+        f"The relevance graph calls {target}, which no artifact may call: {_reason(target)}. Explain where "
+        "the model is, or write the step with PyTorch's own ops."
     )
 
 
@@ -137,8 +137,8 @@ def resolve(name: str) -> Callable[..., Any]:
     op = getattr(packet, found[3], None) if isinstance(packet, torch._ops.OpOverloadPacket) else None
     if not isinstance(op, torch._ops.OpOverload):
         raise ArtifactError(
-            f"The artifact calls {name[:80]!r}, which PyTorch {torch.__version__} does not have: load it with "
-            "the version that it was saved with, or save it anew."
+            f"The artifact calls {name[:80]!r}, which PyTorch {torch.__version__} does not have: load it "
+            "with the version that it was saved with, or save it anew."
         )
     reason = _reason(op)
     if reason:

@@ -15,24 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._version import __version__
 from ..compiler.faithful import compare, run_model
 from ..compiler.inputs import Bound, constants_of
 from ..compiler.pipeline import Program
 from ..compiler.plan import Plan
 from ..compiler.shapes import expression
-from ..errors import ArtifactError, CompositeError, InputError
+from ..errors import ArtifactError, CompositeError
 from ..rules import Composite
 from ..rules.serial import rule_text
 from ..seeding import reading_of
 from ..traces import Call, Trace
 from . import expressions, graph, weights
+from .aot import compiled
+from .header import FORMAT, MANIFEST, PROGRAM
 from .spec import PLAIN, Inputs, Kind, Logits, Results
 from .strict import dump
 
-#: The version of the format; another one is refused.
-FORMAT = 1
-#: Keys of the file's metadata.
-MANIFEST, PROGRAM = "fxlrp.manifest", "fxlrp.program"
 #: The most sizes of 1 that are compared with the model, in all combinations.
 _SYMBOLS = 4
 
@@ -67,14 +66,12 @@ def save(
             "explains no other. plan.notes says why it was not captured for more."
         )
     _check_ones(model, last.trace, last.bound)
-    constants = weights.Pieces([], [])
+    constants = weights.Pieces()
     written = [_program(key, count, program, constants) for key, count, program in programs]
     views, pieces = constants.packed()
     stored = dict(pieces)
     if aot:
-        from .aot import compiled
-
-        stored |= compiled(programs[0][2].relevance.graph, last, programs[0][2].seed)
+        stored |= compiled(programs[0][2], last)
     reading = reading_of(last.trace, last.bound)
     logits = reading and Logits(
         tuple(expressions.to_data(expression(size)) for size in reading.shape),
@@ -94,7 +91,7 @@ def save(
     manifest = dump(
         {
             "format": FORMAT,
-            "fxlrp": _version(),
+            "fxlrp": __version__,
             "torch": str(torch.__version__),
             "program": hashlib.sha256(program.encode()).hexdigest(),
             "tensors": {name: weights.digest(tensor) for name, tensor in stored.items()},
@@ -116,6 +113,7 @@ def _program(key: Any, count: int | None, program: Program, constants: weights.P
     results = Results(relevance.names, relevance.positions, relevance.latents, relevance.parameters)
     return {
         "target": Kind.of(key, count).to_data(),
+        "operands": len(program.seed.operand_names),
         "results": results.to_data(),
         "graph": graph.to_data(module.graph, number),
         "plan": _plan(program.plan),
@@ -146,7 +144,9 @@ def _inputs(model: nn.Module, last: Call) -> Inputs:
         for p in signature.parameters.values()
     )
     constants = {
-        name: v if type(v) in PLAIN and v == v and v not in (float("inf"), -float("inf")) else {"type": type(v).__name__}
+        name: v
+        if type(v) in PLAIN and v == v and v not in (float("inf"), -float("inf"))
+        else {"type": type(v).__name__}
         for name, v in constants_of(bound, signature).items()
     }
     return Inputs(
@@ -160,19 +160,15 @@ def _inputs(model: nn.Module, last: Call) -> Inputs:
     )
 
 
-def _version() -> str:
-    from .. import __version__
-
-    return __version__
-
-
 def _check_ones(model: nn.Module, trace: Trace, bound: Bound) -> None:
     """Compare the trace with the model where sizes that may change are 1: tracing took them for 2 or more.
 
     What does not compare equal is left out of ``trace.verified``, and a loaded artifact refuses it.
     """
     shapes = trace.shapes
-    symbols = list(dict.fromkeys(s for shape in shapes.sizes for s in shape if getattr(s, "is_Symbol", False)))
+    symbols = list(
+        dict.fromkeys(s for shape in shapes.sizes for s in shape if getattr(s, "is_Symbol", False))
+    )
     if len(symbols) > _SYMBOLS:
         return
     for count in range(1, len(symbols) + 1):
@@ -198,4 +194,3 @@ def _narrowed(tensor: Tensor, shape: Sequence[Any], chosen: Sequence[Any]) -> Te
         if size in chosen:
             tensor = tensor.narrow(i, 0, 1)
     return tensor.contiguous()
-

@@ -102,7 +102,9 @@ class Inputs:
         try:
             return inspect.Signature(
                 [
-                    inspect.Parameter(name, _KINDS[kind], default=None if default else inspect.Parameter.empty)
+                    inspect.Parameter(
+                        name, _KINDS[kind], default=None if default else inspect.Parameter.empty
+                    )
                     for name, kind, default in self.parameters
                 ]
             )
@@ -182,11 +184,6 @@ class Kind:
             return Kind(tuple(names), rows or 0, number, count)
         position = key[1] if len(key) == 2 else False
         return Kind((key[0],), int(position), None, None)
-
-    @property
-    def operands(self) -> int | None:
-        """How many tensors the program takes besides the inputs; None where the target's class tells."""
-        return None if self.fields is None else self.fields + (self.position > 0)
 
     def __str__(self) -> str:
         where = " at positions" if self.position else ""

@@ -1,7 +1,7 @@
 """Tensors of an artifact: each piece of memory once, behind a safetensors header, mapped and not read.
 
-A constant of a graph is a view (dtype, shape, stride, offset) of a piece, so tied weights and slices of one tensor
-share it.
+A constant of a graph is a view (dtype, shape, stride, offset) of a piece, so tied weights and slices of one
+tensor share it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -85,9 +85,7 @@ class View:
         """Behind the last element that it reads."""
         if 0 in self.shape:
             return self.offset
-        return (
-            self.offset + 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
-        )
+        return self.offset + 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
 
     def of(self, piece: Tensor, where: str) -> Tensor:
         """The constant, of its piece as it is stored.
@@ -112,8 +110,9 @@ class View:
 class Pieces:
     """Constants of several graphs while they are collected: views, and the memory that they lie in."""
 
-    tensors: list[Tensor]
-    names: list[str]
+    tensors: list[Tensor] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    known: dict[Any, int] = field(default_factory=dict)
 
     def add(self, name: str, tensor: Any) -> int:
         """The number of a constant; the same for the same view of the same memory.
@@ -123,26 +122,27 @@ class Pieces:
         """
         if not isinstance(tensor, Tensor) or type(tensor) not in (Tensor, torch.nn.Parameter):
             raise ArtifactError(
-                f"Weight '{name}' is a {type(tensor).__name__}, not a plain tensor: such weights cannot be saved."
+                f"Weight '{name}' is a {type(tensor).__name__}, not a plain tensor: such weights cannot be "
+                "saved."
             )
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
             raise ArtifactError(f"Weight '{name}' ({tensor.layout}, {tensor.device}) cannot be saved.")
         if tensor.dtype not in DTYPES.values():
             raise ArtifactError(f"Weight '{name}' is {tensor.dtype}, which no artifact may hold.")
         tensor = tensor.detach().resolve_conj().resolve_neg()
-        for i, known in enumerate(self.tensors):
-            if tensor is known or (tensor.numel() and _place(tensor) == _place(known)):
-                return i
-        self.tensors.append(tensor)
-        self.names.append(name)
-        return len(self.tensors) - 1
+        place = _place(tensor) if tensor.numel() else name
+        if place not in self.known:
+            self.known[place] = len(self.tensors)
+            self.tensors.append(tensor)
+            self.names.append(name)
+        return self.known[place]
 
     def packed(self) -> tuple[list[View], dict[str, Tensor]]:
         """A view for each constant, and the pieces by name: contiguous, without overlap."""
         views: list[View | None] = [None] * len(self.tensors)
         pieces: dict[str, Tensor] = {}
         for group in _overlapping(self.tensors):
-            start = min(self.tensors[i].storage_offset() for i in group)
+            start = min(int(self.tensors[i].storage_offset()) for i in group)
             stop = max(_reach(self.tensors[i]) for i in group)
             name = _free(self.names[group[0]], pieces)
             first = self.tensors[group[0]]
@@ -157,7 +157,7 @@ class Pieces:
                     tensor.dtype,
                     tuple(tensor.shape),
                     tuple(tensor.stride()),
-                    tensor.storage_offset() - start,
+                    int(tensor.storage_offset()) - start,
                 )
         return [view for view in views if view is not None], pieces
 
@@ -173,7 +173,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _reach(tensor: Tensor) -> int:
-    view = View("", tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+    view = View("", tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
     return view.stop
 
 
@@ -196,18 +196,18 @@ def _overlapping(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:
-    while name in taken or name.startswith("__"):
+    while name in taken or name.startswith(("__", "fxlrp.")):
         name = f"tensor.{name}.{len(taken)}"
     return name
 
 
-# -- the file --------------------------------------------------------------------------------------------------
+# -- the file --------------------------------------------------------------------------------------------
 
 
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a contiguous tensor's bytes."""
     found = hashlib.sha256()
-    for block in _blocks(tensor):
+    for block in blocks(tensor):
         found.update(block)
     return found.hexdigest()
 
@@ -215,8 +215,8 @@ def digest(tensor: Tensor) -> str:
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, tensor by tensor, in the place of what is there once it is complete.
 
-    Tensors of whole multiples of 64 bytes come first, so that each starts at such a multiple, as PyTorch's own
-    memory does.
+    Tensors of whole multiples of 64 bytes come first, so that each starts at such a multiple, as PyTorch's
+    own memory does.
     """
     order = sorted(tensors, key=lambda name: tensors[name].nbytes % _ALIGNMENT != 0)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -250,11 +250,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def _write(file: IO[bytes], tensor: Tensor) -> None:
-    for block in _blocks(tensor):
+    for block in blocks(tensor):
         file.write(block)
 
 
-def _blocks(tensor: Tensor) -> Any:
+def blocks(tensor: Tensor) -> Any:
     """The bytes of a contiguous tensor, some megabytes at a time where it is on another device."""
     flat = tensor.reshape(-1)
     step = max(1, _CHUNK // tensor.dtype.itemsize)
@@ -278,7 +278,7 @@ class Stored:
         return found
 
     def aligned(self, name: str) -> Tensor:
-        """A tensor, mapped where it starts at a multiple of 64 bytes, as PyTorch's own memory does; else a copy."""
+        """A tensor, mapped where it starts at a multiple of 64 bytes, as PyTorch's own do; else a copy."""
         tensor = self.tensor(name)
         return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
@@ -297,10 +297,12 @@ def read(path: Path) -> Stored:
     if not path.is_file():
         raise ArtifactError(f"There is no file {path}.")
     try:
-        file = safe_open(path, framework="pt", device="cpu")
+        file: Any = safe_open(path, framework="pt", device="cpu")
         return Stored(path, dict(file.metadata() or {}), tuple(file.keys()), file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is no artifact, or it was cut short or changed: {first_line(error)}.") from error
+        raise ArtifactError(
+            f"{path} is no artifact, or it was cut short or changed: {first_line(error)}."
+        ) from error
 
 
 def refuse_changed(stored: Stored, digests: Mapping[str, Any]) -> None:
@@ -312,6 +314,6 @@ def refuse_changed(stored: Stored, digests: Mapping[str, Any]) -> None:
     for name in stored.names:
         if digest(stored.tensor(name)) != check(digests[name], str, "manifest.tensors"):
             raise ArtifactError(
-                f"Tensor '{name}' of {stored.path} is not what was saved: the file was changed or damaged. Copy "
-                "it anew, or save it again."
+                f"Tensor '{name}' of {stored.path} is not what was saved: the file was changed or damaged. "
+                "Copy it anew, or save it again."
             )

@@ -99,9 +99,7 @@ def layout(
     counts = Counter(name for _, name, _ in rows).most_common()
     hidden = len(rows) - len(cells)
     summary = f"{len(rows)} nodes: {', '.join(f'{name} {count}' for name, count in counts)}"
-    return "\n".join(
-        [*lines, summary + (f" ({hidden} structural rows not shown)" if hidden else ""), *notes]
-    )
+    return "\n".join([*lines, summary + (f" ({hidden} structural rows not shown)" if hidden else ""), *notes])
 
 
 def _fit(text: str, width: int) -> str:

@@ -14,13 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..compiler.graphs import placeholders, value
 from ..compiler.inputs import plain_region
 from ..compiler.lower import Runner
 from ..compiler.pipeline import Program
+from ..compiler.shapes import expression
 from ..errors import ArtifactError, first_line
 from ..traces import Call
 from .header import PACKAGE
 from .weights import blocks
+
+#: How many targets to trace with, where any number will do.
+_TARGETS = 3
 
 
 def compiled(program: Program, last: Call) -> dict[str, Tensor]:
@@ -102,14 +107,13 @@ def _examples(program: Program, last: Call) -> tuple[list[Tensor], list[dict[int
         for t, shape in zip(last.bound.tensors, shapes, strict=True)
     ]
     changing = [{i: auto for i, s in enumerate(shape) if not isinstance(s, int)} for shape in shapes]
-    seed = program.seed
-    batch = sizes[shapes[0][0]] if changing[0].get(0) else int(tensors[0].shape[0])
-    lead: Sequence[int] = () if seed.lead is None else (seed.lead if isinstance(seed.lead, int) else 3,)
-    own: dict[int, Any] = {0: auto} if changing[0].get(0) else {}
-    if seed.lead is not None and not isinstance(seed.lead, int):
-        own = {**own, 1: auto}
-    operands = [torch.zeros((batch, *lead), dtype=torch.long, device=seed.device) for _ in seed.operand_names]
-    return [*tensors, *operands], [*changing, *(dict(own) for _ in operands)]
+    operands = []
+    for node in list(placeholders(program.relevance.graph.graph))[len(tensors) :]:
+        shape = tuple(map(expression, value(node).shape))  # [batch], [batch, K]
+        own = [s if isinstance(s, int) else sizes.setdefault(s, _TARGETS) for s in shape]
+        operands.append(torch.zeros(own, dtype=value(node).dtype, device=value(node).device))
+        changing.append({i: auto for i, s in enumerate(shape) if not isinstance(s, int)})
+    return [*tensors, *operands], changing
 
 
 def _grown(tensor: Tensor, shape: Sequence[int]) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..compiler.faithful import compare, run_model
+from ..compiler.graphs import placeholders
 from ..compiler.inputs import Bound, constants_of
 from ..compiler.pipeline import Program
 from ..compiler.plan import Plan
@@ -67,7 +68,8 @@ def save(
         )
     _check_ones(model, last.trace, last.bound)
     constants = weights.Pieces()
-    written = [_program(key, count, program, constants) for key, count, program in programs]
+    inputs = len(last.bound.names)
+    written = [_program(key, count, program, inputs, constants) for key, count, program in programs]
     views, pieces = constants.packed()
     stored = dict(pieces)
     if aot:
@@ -100,7 +102,9 @@ def save(
     weights.write(Path(path), stored, {MANIFEST: manifest, PROGRAM: program})
 
 
-def _program(key: Any, count: int | None, program: Program, constants: weights.Pieces) -> dict[str, Any]:
+def _program(
+    key: Any, count: int | None, program: Program, inputs: int, constants: weights.Pieces
+) -> dict[str, Any]:
     module = program.relevance.graph
 
     def number(node: torch.fx.Node) -> int:
@@ -113,7 +117,7 @@ def _program(key: Any, count: int | None, program: Program, constants: weights.P
     results = Results(relevance.names, relevance.positions, relevance.latents, relevance.parameters)
     return {
         "target": Kind.of(key, count).to_data(),
-        "operands": len(program.seed.operand_names),
+        "operands": len(list(placeholders(module.graph))) - inputs,
         "results": results.to_data(),
         "graph": graph.to_data(module.graph, number),
         "plan": _plan(program.plan),

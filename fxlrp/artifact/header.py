@@ -14,6 +14,7 @@ import torch
 from ..compiler.plan import layout
 from ..errors import ArtifactError
 from . import weights
+from .expressions import text
 from .spec import Inputs, Kind, Logits, Results
 from .strict import check, fields, items, parse, refuse
 
@@ -105,6 +106,29 @@ class Header:
     programs: tuple[SavedProgram, ...]
     digests: Mapping[str, str]
 
+    def __str__(self) -> str:
+        inputs = self.inputs
+        lines = [
+            f"{inputs.model}, explained by {self.composite}",
+            f"saved by fxlrp {self.fxlrp} with PyTorch {self.torch} on {inputs.device}; "
+            f"{len(self.digests)} tensors" + (", native code" if PACKAGE in self.digests else ""),
+            "inputs:",
+        ]
+        for name, dtype, shape in zip(inputs.names, inputs.dtypes, inputs.sizes.shapes, strict=True):
+            lines.append(f"  {name}: {dtype} [{', '.join(map(text, shape))}]")
+        lines += [f"  {name} = {value!r}" for name, value in inputs.constants.items()]
+        lines += [f"  where {text(condition)}" for condition in inputs.sizes.conditions]
+        for program in self.programs:
+            results = program.results
+            lines.append(
+                f"target {program.target}: relevance of {', '.join(results.names + results.positions)}"
+            )
+            if results.latents:
+                lines.append(f"  latents: {', '.join(results.latents)}")
+            if results.parameters:
+                lines.append(f"  parameters: {', '.join(results.parameters)}")
+        return "\n".join(lines)
+
 
 def inspect(path: str | os.PathLike[str]) -> Header:
     """What an artifact holds; its tensors are not read.
@@ -137,15 +161,15 @@ def header_of(stored: weights.Stored) -> Header:
     _, version, pytorch, program_digest, digests = fields(
         manifest, "manifest", format=int, fxlrp=str, torch=str, program=str, tensors=dict
     )
-    text = metadata[PROGRAM]
-    if hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != program_digest:
+    written = metadata[PROGRAM]
+    if hashlib.sha256(written.encode("utf-8", "surrogatepass")).hexdigest() != program_digest:
         raise ArtifactError(
             f"The program of {stored.path} is not what was saved: the file was changed or damaged. Copy it "
             "anew, or save it again."
         )
     if digests.keys() != set(stored.names):
         refuse("manifest.tensors", f"does not name the file's tensors ({len(stored.names)})")
-    data = parse(text, "program")
+    data = parse(written, "program")
     given, logits, composite, constants, programs = fields(
         data,
         "program",

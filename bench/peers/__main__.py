@@ -5,7 +5,8 @@
 
 Every contender runs in a process of its own, the peers in the environment of ``make peers``, on the same
 weights. A round runs each of them once, one after the other, so that runs are interleaved; reported are
-medians of ratios within a round. A peer whose relevance is not ours is not timed. Peak memory is that of a fresh process, above what the loaded model takes.
+medians of ratios within a round. A peer whose relevance is not ours is not timed. Peak memory is that of a
+fresh process, above what the loaded model takes.
 """
 
 from __future__ import annotations
@@ -122,9 +123,8 @@ def started(contest: Contest, contender: str, weights: Path) -> Iterator[tuple[W
     """A contender with its model loaded, and the versions that it runs with."""
     worker = Worker(PEERS if contender in contest.peers else Path(sys.executable), contender)
     try:
-        found = worker.ask(
-            "load", workload=contest.workload.to_data(), method=contender, weights=str(weights)
-        )
+        given = {"method": contender, "weights": str(weights)}
+        found = worker.ask("load", workload=contest.workload.to_data(), **{"with": given})
         yield worker, found
     finally:
         worker.close()
@@ -132,13 +132,14 @@ def started(contest: Contest, contender: str, weights: Path) -> Iterator[tuple[W
 
 def run(contest: Contest, rounds: int, gate: float, *, memory: bool) -> dict[str, Any]:
     """One contest: the gate, interleaved times, peak memory."""
-    from safetensors.torch import load_file, save_model
+    from safetensors.torch import load_file, save_file
 
     names = (*contest.ours, *contest.peers)
     result: dict[str, Any] = {"workload": contest.workload.name, "gate": {}, "left out": {}, "versions": {}}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        parameters = dict(model_of(contest.workload).named_parameters())
         weights = Path(folder) / "weights.safetensors"
-        save_model(model_of(contest.workload), str(weights))
+        save_file({name: p.detach().contiguous() for name, p in parameters.items()}, weights)
         workers: dict[str, Worker] = {}
         relevance: dict[str, Tensor] = {}
         for name in names:

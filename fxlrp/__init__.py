@@ -1,7 +1,10 @@
 """fxlrp: compile any Transformer into its layer-wise relevance propagation."""
 
 from . import concepts
+from ._version import __version__ as __version__
+from .artifact import LoadedExplainer, load
 from .errors import (
+    ArtifactError,
     CaptureError,
     CompositeError,
     CompositeWarning,
@@ -24,11 +27,10 @@ from .targets import Function, Logit, LogitDifference, LogProb, Predicted, Span,
 #: The names that ``composite=`` takes.
 composites = tuple(PRESETS)
 
-__version__ = "0.1.0"
-
 __all__ = [
     "JVP",
     "VJP",
+    "ArtifactError",
     "CaptureError",
     "Composite",
     "CompositeError",
@@ -39,6 +41,7 @@ __all__ = [
     "FxlrpError",
     "InputError",
     "Ledger",
+    "LoadedExplainer",
     "LogProb",
     "Logit",
     "LogitDifference",
@@ -57,6 +60,7 @@ __all__ = [
     "concepts",
     "first",
     "last",
+    "load",
     "lrp_compile",
     "module_type",
     "name",

@@ -1,4 +1,4 @@
-"""The ``fxlrp`` command: ``demo`` explains with the shipped models, ``composites`` shows presets, files."""
+"""The ``fxlrp`` command: ``demo`` explains with shipped models, ``composites``, ``inspect`` show files."""
 
 import argparse
 import itertools
@@ -12,7 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fxlrp import Composite, CompositeError, Explanation, Ledger, __version__, lrp_compile
+from fxlrp import (
+    ArtifactError,
+    Composite,
+    CompositeError,
+    Explanation,
+    Ledger,
+    __version__,
+    lrp_compile,
+)
+from fxlrp.artifact import inspect
 from fxlrp.demo import Encoding, SentimentTokenizer, load_digits, load_digits_data, load_sentiment
 from fxlrp.demo.digits import HELD_OUT
 from fxlrp.demo.sentiment import MAX_LENGTH
@@ -57,7 +66,7 @@ class Explained:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, 1 where a folder or a package cannot be had, or 2 for wrong arguments."""
+    """Run the command; return 0, 1 where a file or a package cannot be had, or 2 for wrong arguments."""
     arguments = _parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a character that the terminal cannot show is no reason to fail
@@ -66,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except (UsageError, CompositeError) as error:
         return _fail(str(error), 2)
-    except (ImportError, OSError) as error:
+    except (ArtifactError, ImportError, OSError) as error:
         return _fail(str(error), 1)
     return 0
 
@@ -81,6 +90,16 @@ def composites(name: str | None, *, markdown: bool = False) -> str:
     if name not in PRESETS and Path(name).is_file():
         return str(Composite.from_json(Path(name).read_text(encoding="utf-8")))
     return str(as_composite(name))
+
+
+def inspection(path: Path) -> str:
+    """What a saved explainer holds, and the plan of its first program.
+
+    Raises ArtifactError for what is none, ImportError where safetensors is missing.
+    """
+    header = inspect(path)
+    text = f"{header}\n\n{header.programs[0].plan}"
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def demo(text: str | None, out: Path, digit: int) -> None:
@@ -226,6 +245,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", nargs="?", help="a preset's name or a JSON file (default: list all)")
     command.add_argument("--markdown", action="store_true", help="all presets as one Markdown table")
     command.set_defaults(run=lambda given: print(composites(given.name, markdown=given.markdown)))
+    command = commands.add_parser(
+        "inspect",
+        help="show what a saved explainer holds",
+        description="Show inputs, targets and plan of a file of Explainer.save; its weights are not read.",
+    )
+    command.add_argument("path", type=Path, help="the file")
+    command.set_defaults(run=lambda given: print(inspection(given.path)))
     return parser
 
 

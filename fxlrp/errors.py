@@ -47,6 +47,10 @@ class KernelError(FxlrpError, RuntimeError):
     """A kernel that was asked for by name does not exist, or cannot run on what it is for."""
 
 
+class ArtifactError(FxlrpError, RuntimeError):
+    """A saved explainer cannot be written or read, or does not hold what is asked of it."""
+
+
 class GraphError(FxlrpError, AssertionError):
     """A stage of the compiler produced a graph that breaks its dialect; always a bug of fxlrp."""
 

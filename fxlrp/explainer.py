@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from . import artifact
 from .bundle import Bundle
 from .compiler.budget import Budget, Memory, checked_budget
 from .compiler.canonicalize import canonicalize
@@ -237,7 +239,9 @@ class Explainer:
     ) -> None:
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         constants = {name: v for name, v in given.items() if not isinstance(v, Tensor)}
-        self._last = Call(compiled.program, bound.names, constants, key, compiled.serves_others)
+        self._last = Call(
+            compiled.program, bound.names, constants, key, compiled.serves_others, compiled.trace, bound
+        )
 
     def vjp(
         self,
@@ -377,6 +381,29 @@ class Explainer:
     def relevance_graph(self) -> fx.GraphModule:
         """From tensor inputs (and target indices) to ``(relevance, value, coefficients, latents)``."""
         return self._of_last_call().program.relevance.graph
+
+    def save(self, path: str | os.PathLike[str], aot: bool = False) -> None:
+        """Write what was compiled for inputs like the last call's into one file, for :func:`fxlrp.load`.
+
+        Of the last call's trace all programs are saved, so one for each kind of target that was explained;
+        of functions of the output only the last call's.
+
+        Args:
+            path: of the file, a safetensors file whose metadata hold the programs.
+            aot: put native code for the last call's program beside it, which ``load(aot=True)`` runs.
+
+        Raises:
+            ArtifactError: a program calls or holds what no artifact may.
+            CaptureError: nothing is compiled yet.
+        """
+        last = self._of_last_call()
+        found: list[tuple[Any, int | None, Program]] = []
+        for (trace, key, _, count), compiled in self._programs.items():
+            if compiled.program is last.program:
+                found.insert(0, (key, count, compiled.program))
+            elif trace is last.trace and key[0] != "Function":
+                found.append((key, count, compiled.program))
+        artifact.save(path, self.model, self.composite, last, found, aot=aot)
 
     def _of_last_call(self) -> Call:
         if self._last is None:
@@ -519,7 +546,7 @@ class Explainer:
             if isinstance(target, Function):
                 _keep_last(self._programs, _KEPT_FUNCTIONS - 1, lambda k: k[1][0] == "Function")
             runner = lower(program.relevance.graph, self.backend, bound.tensors[0].device)
-            self._programs[key] = Compiled(program, runner, trace.values is None)
+            self._programs[key] = Compiled(program, runner, trace.values is None, trace)
         return self._programs[key]
 
     def _trace_for_function(self, trace: Trace, bound: Bound, target: Function) -> Trace:

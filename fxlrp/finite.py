@@ -14,8 +14,10 @@ from .compiler.provenance import module_path, source_line
 from .errors import FxlrpError, NonFiniteError, place
 
 
-def refuse_nonfinite(bound: Bound, program: Program, relevance: Sequence[Tensor], scalar: Tensor) -> None:
-    """Refuse NaN and infinity in inputs, the explained value or relevance.
+def refuse_nonfinite(
+    bound: Bound, program: Program | None, relevance: Sequence[Tensor], scalar: Tensor
+) -> None:
+    """Refuse NaN and infinity in inputs, the explained value or relevance; the program tells where it arose.
 
     Raises:
         NonFiniteError: with the input or the first node that holds one.
@@ -34,9 +36,8 @@ def refuse_nonfinite(bound: Bound, program: Program, relevance: Sequence[Tensor]
             "precision and rules that are not conservative can do. "
             "Explain in bfloat16 or float32, or use composite='cp'."
         )
-    raise NonFiniteError(
-        f"The model's output is NaN or infinite on this input{_first_nonfinite(program, bound)}."
-    )
+    where = _first_nonfinite(program, bound) if program is not None else ""
+    raise NonFiniteError(f"The model's output is NaN or infinite on this input{where}.")
 
 
 def _first_nonfinite(program: Program, bound: Bound) -> str:

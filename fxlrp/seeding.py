@@ -65,6 +65,37 @@ def bundle_of(trace: Trace, bound: Bound, target: Target) -> Bundle:
     return bundle(target, *_read(trace, bound), ids)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Where targets are read.
+
+    Attributes:
+        shape: of the logits, in the trace's symbols.
+        mask: the input that tells padding, by name, or None.
+        is_padding: whether it is true where there is padding.
+        ids: the input whose tokens a span names, or None.
+    """
+
+    shape: tuple[Any, ...]
+    mask: str | None
+    is_padding: bool
+    ids: str | None
+
+
+def reading_of(trace: Trace, bound: Bound) -> Reading | None:
+    """Where targets of such inputs are read; None where the model has no logits."""
+    try:
+        index = logits_of(trace)
+    except TargetError:
+        return None
+    shape = tuple(value(outputs(trace.canonical.graph.graph)[index]).shape)
+    mask = _mask(trace, bound, index) if len(shape) == 3 else None
+    ids = _ids(trace, bound) if len(shape) == 3 else None
+    names = {identifier(name): name for name in bound.names}
+    own = next((n for n, tensor in bound.by_name.items() if tensor is ids), None)
+    return Reading(shape, mask and names[mask], bool(mask and mask.endswith(_PADDING)), own)
+
+
 def logits_of(trace: Trace) -> int:
     """Which of the graph's outputs the logits are.
 

@@ -66,11 +66,12 @@ class Trace:
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """A program, how it is run, and whether it is more than a trace of one very input."""
+    """A program, how it is run, whether it is more than a trace of one very input, and its trace."""
 
     program: Program
     runner: Runner
     serves_others: bool
+    trace: Trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,8 @@ class Call:
         constants: its other arguments by name.
         target: the kind of its target.
         serves_others: whether the program is not a trace of that very input.
+        trace: of the program.
+        bound: its inputs.
     """
 
     program: Program
@@ -90,3 +93,5 @@ class Call:
     constants: Mapping[str, Any]
     target: Any
     serves_others: bool
+    trace: Trace
+    bound: Bound

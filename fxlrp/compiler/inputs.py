@@ -52,13 +52,23 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     Raises:
         InputError: the arguments do not fit the signature, or there is no tensor among them.
     """
+    return bind_to(inspect.signature(model.forward), type(model).__name__, args, kwargs)
+
+
+def bind_to(
+    signature: inspect.Signature, model: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Bound:
+    """:func:`bind` for the signature of a model of this name.
+
+    Raises:
+        InputError: the arguments do not fit the signature, or there is no tensor among them.
+    """
     paths, spec = pytree.tree_flatten_with_path((args, dict(kwargs)))
-    signature = inspect.signature(model.forward)
     parameters = list(signature.parameters.values())
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise InputError(f"These arguments do not fit {type(model).__name__}.forward: {error}.") from error
+        raise InputError(f"These arguments do not fit {model}.forward: {error}.") from error
     leaves = tuple(leaf for _, leaf in paths)
     names = tuple(_name(path, parameters) for path, leaf in paths if isinstance(leaf, Tensor))
     # Tensors made in inference mode cannot be differentiated even later.
@@ -74,6 +84,13 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     constants = tuple(_constant(leaf) for leaf in leaves)
     kinds = tuple((t.dtype, t.device, t.dim()) for t in tensors)
     return Bound(names, tensors, (names, kinds, constants, str(spec)), leaves, spec)
+
+
+def constants_of(bound: Bound, signature: inspect.Signature) -> dict[str, Any]:
+    """A call's arguments that are no tensors, by name."""
+    paths, _ = pytree.tree_flatten_with_path(bound.rebuild(bound.tensors))
+    parameters = list(signature.parameters.values())
+    return {_name(path, parameters): leaf for path, leaf in paths if not isinstance(leaf, Tensor)}
 
 
 def refuse_empty(bound: Bound) -> None:

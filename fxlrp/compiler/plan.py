@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..rules import Rule
@@ -66,33 +66,40 @@ class Plan:
 
     def table(self, *, structural: bool = False) -> str:
         """The plan as text; structural nodes, whose relevance moves with its elements, on request."""
-        rows = [r for r in self.rows if structural or r.kind not in ("structural", "add")]
-        header = ("node", "op", "rule", "reason", "module", "source")
-        cells = [
-            (r.node, r.op, rule_text(r.rule), r.reason, r.module, r.source.split(" in ")[0]) for r in rows
+        rows = [
+            (r.kind, r.rule.name, (r.node, r.op, rule_text(r.rule), r.reason, r.module, r.source))
+            for r in self.rows
         ]
-        widths = [min(40, max(len(row[i]) for row in [header, *cells])) for i in range(len(header))]
-        lines = [
-            "  ".join(_fit(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [header, tuple("-" * w for w in widths), *cells]
-        ]
-        hidden = len(self.rows) - len(rows)
-        summary = ", ".join(f"{name} {count}" for name, count in self.counts().items())
-        return "\n".join(
-            [
-                *lines,
-                f"{len(self.rows)} nodes: {summary}"
-                + (f" ({hidden} structural rows not shown)" if hidden else ""),
-                *self.notes,
-                *self.idle,
-            ]
-        )
+        return layout(rows, (*self.notes, *self.idle), structural=structural)
 
     def __str__(self) -> str:
         return self.table()
 
     def __repr__(self) -> str:
         return f"<fxlrp.Plan of {len(self.rows)} nodes: {self.counts()}>"
+
+
+#: Columns of a plan's table.
+_HEADER = ("node", "op", "rule", "reason", "module", "source")
+#: Kinds of ops whose rows are shown on request.
+_STRUCTURAL = ("structural", "add")
+
+
+def layout(
+    rows: Sequence[tuple[str, str, tuple[str, ...]]], notes: Sequence[str], *, structural: bool
+) -> str:
+    """A plan as text, of each row's kind, rule's name and cells."""
+    shown = [cells for kind, _, cells in rows if structural or kind not in _STRUCTURAL]
+    cells = [(*c[:-1], c[-1].split(" in ")[0]) for c in shown]
+    widths = [min(40, max(len(row[i]) for row in [_HEADER, *cells])) for i in range(len(_HEADER))]
+    lines = [
+        "  ".join(_fit(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [_HEADER, tuple("-" * w for w in widths), *cells]
+    ]
+    counts = Counter(name for _, name, _ in rows).most_common()
+    hidden = len(rows) - len(cells)
+    summary = f"{len(rows)} nodes: {', '.join(f'{name} {count}' for name, count in counts)}"
+    return "\n".join([*lines, summary + (f" ({hidden} structural rows not shown)" if hidden else ""), *notes])
 
 
 def _fit(text: str, width: int) -> str:

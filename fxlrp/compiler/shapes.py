@@ -25,7 +25,7 @@ class Shapes:
     @staticmethod
     def of(values: Sequence[Any]) -> Shapes:
         """From the placeholders' fake tensors."""
-        sizes = tuple(tuple(_expression(size) for size in value.shape) for value in values)
+        sizes = tuple(tuple(expression(size) for size in value.shape) for value in values)
         env = next((v.fake_mode.shape_env for v in values if getattr(v, "fake_mode", None) is not None), None)
         if env is None:
             return Shapes(sizes, (), {})
@@ -68,7 +68,7 @@ class Shapes:
             for size, actual in zip(sizes, tensor.shape, strict=True)
             if not isinstance(size, int)
         }
-        expressions = [_expression(size) for size in shape]
+        expressions = [expression(size) for size in shape]
         return tuple(e if isinstance(e, int) else int(e.xreplace(integers(symbols))) for e in expressions)
 
     @staticmethod
@@ -85,8 +85,9 @@ def integers(symbols: dict[Any, int]) -> dict[Any, Any]:
     return {symbol: sympy.Integer(value) for symbol, value in symbols.items()}
 
 
-def _expression(size: int | torch.SymInt) -> Any:
+def expression(size: int | torch.SymInt) -> Any:
+    """A size as an integer or an expression in symbols."""
     if isinstance(size, int):
         return size
-    expression = size.node.expr
-    return int(expression) if expression.is_Integer else expression
+    found = size.node.expr
+    return int(found) if found.is_Integer else found

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..compiler import demand
+from ..compiler import choice, demand
 from ..errors import ArtifactError
 from ..rules import ops as canonical
 
@@ -66,10 +66,12 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
                 canonical.normalize,
                 canonical.normalize_divide,
                 canonical.self_gate,
-                demand.select_rows,
-                demand.last_row,
+                choice.select_rows,
                 demand.last_unpadded,
                 demand.last_before_padding,
+                demand.counted,
+                demand.seen_from,
+                demand.seen_from_each,
             )
         },
     }
@@ -83,6 +85,7 @@ _TYPES = frozenset(("Tensor", "int", "float", "bool", "number", "Device", "SymIn
 #: Arguments that are text, by name.
 _CHOICES = frozenset(
     (
+        "activation",
         "approximate",
         "equation",
         "indexing",
@@ -96,6 +99,7 @@ _CHOICES = frozenset(
         "padding_mode",
         "reduce",
         "rounding_mode",
+        "rule",
         "side",
         "UPLO",
     )

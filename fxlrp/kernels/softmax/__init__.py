@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..launch import runs_triton, unavailable
+from ..rows import fits
 from . import reference
 
 __all__ = ["can_run", "softmax", "softmax_relevance"]
@@ -74,7 +75,8 @@ def softmax_relevance(coefficient: Tensor, probabilities: Tensor, scale: float =
 
     Source: AttnLRP, Prop. 3.1; Bach et al. 2015 call the sum the bias of the Taylor step.
     """
-    if runs_triton(coefficient, probabilities) and can_run(coefficient, probabilities)[0]:
+    ok, _ = can_run(probabilities, coefficient)
+    if runs_triton(coefficient, probabilities) and ok and fits(coefficient.shape, probabilities.shape):
         from . import kernel
 
         return kernel.run_relevance(coefficient, probabilities, scale)

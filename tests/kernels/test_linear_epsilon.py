@@ -234,12 +234,9 @@ def test_tiles_by_size(sizes, shared, expected):
 def test_a_symbol_counts_as_its_example():
     """Would break if choosing tiles fixed a size of a trace."""
     shapes = ShapeEnv()
-    with FakeTensorMode(shape_env=shapes) as mode:
-        x = mode.from_tensor(
-            torch.zeros(6, 4),
-            symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC]),
-            source=ConstantSource("x"),
-        )
-        assert isinstance(x.shape[0], torch.SymInt)
-        assert hint(x.shape) == 24 and hint((2 * x.shape[0],)) == 12
-        assert not shapes.guards
+    dynamic = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    mode = FakeTensorMode(shape_env=shapes)
+    x = mode.from_tensor(torch.zeros(6, 4), symbolic_context=dynamic, source=ConstantSource("x"))
+    assert isinstance(x.shape[0], torch.SymInt)
+    assert hint(x.shape) == 24 and hint((2 * x.shape[0],)) == 12
+    assert not shapes.guards

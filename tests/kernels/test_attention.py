@@ -319,7 +319,9 @@ def test_many_targets_are_the_rules(rule, options):
 @pytest.mark.parametrize("kind", ["interpreted", "reference"])
 def test_ops_keep_pytorchs_contract(kind, targets):
     """Would break if a fake shape, stride or dtype differed from the real one, or an input came back."""
-    case = Case(targets=targets, heads=1, kv_heads=1, dtype=torch.float64 if kind == "reference" else torch.float32)
+    case = Case(
+        targets=targets, heads=1, kv_heads=1, dtype=torch.float64 if kind == "reference" else torch.float32
+    )
     q, k, v, g, *_ = case.inputs("cpu")
     out, lse = attention.attention_forward(q, k, v)
     torch.library.opcheck(attention.attention_forward, (q.requires_grad_(), k, v))

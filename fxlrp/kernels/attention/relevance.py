@@ -1,10 +1,12 @@
 """The relevance kernels: what is summed over the head size, over queries, and over keys.
 
 Logarithms lse come in base 2, and as inf for masked rows; they and delta hold ``spaced`` rows for each head,
-as many as fill tiles, inf and 0 behind the last query. With probabilities P computed from them, ``W = P t`` (t: slopes of cap and stabiliser) and coefficients G of C
-targets, which share P and W:  ``dS = W (G v^T - delta)``, over keys ``G_q = dS k``, over queries
-``G_k = dS^T q`` and ``G_v = P^T G``. Tuples hold one accumulator for each target.
+as many as fill tiles, inf and 0 behind the last query. With probabilities P computed from them, ``W = P t``
+(t: slopes of cap and stabiliser) and coefficients G of C targets, which share P and W:
+``dS = W (G v^T - delta)``, over keys ``G_q = dS k``, over queries ``G_k = dS^T q`` and ``G_v = P^T G``.
+Tuples hold one accumulator for each target; Triton knows no unpacking in them.
 """
+# ruff: noqa: RUF005
 
 import triton
 import triton.language as tl
@@ -144,7 +146,7 @@ def of_keys(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, of_k_ptr, 
         v = load_rows(v_base, column, v_n, keys, KEYS, E, EP)
     of_k = ()
     of_v = ()
-    for i in tl.static_range(TARGETS):
+    for _ in tl.static_range(TARGETS):
         if OF_K:
             of_k = of_k + (tl.zeros((KEYS, DP), tl.float32),)
         if OF_V:

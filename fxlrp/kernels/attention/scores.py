@@ -33,7 +33,9 @@ def load_rows(base, start, stride, count, SIZE: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def store_rows(base, start, stride, count, tile, SIZE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+def store_rows(
+    base, start, stride, count, tile, SIZE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Write those rows and columns that exist."""
     pointers = base + wide(start) * stride + places_in(stride, SIZE, COLUMNS)
     inside = ((start + tl.arange(0, SIZE))[:, None] < count) & (tl.arange(0, COLUMNS)[None, :] < WIDTH)
@@ -98,7 +100,9 @@ def masked(scores, mask_ptr, row_stride, column_stride, row, column, rows, colum
 
 
 @triton.jit
-def seen(scores, row, column, rows, columns, keys, offset, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+def seen(
+    scores, row, column, rows, columns, keys, offset, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
+):
     """Scores with -inf at keys that are not there, behind a query's place, or out of its window."""
     ahead = (column + columns) - (row + rows + offset)
     kept = columns < keys - column

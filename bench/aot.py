@@ -1,6 +1,6 @@
 """Kernels compiled ahead of time for GPUs that need not be there: registers, shared memory, spills.
 
-    python -m bench.aot [--jobs N] [--only softmax] [--targets sm_90] [--default] [--write]
+    python -m bench.aot [--jobs N] [--only softmax] [--targets sm_90] [--sample] [--write]
 
 Compiles every variant of every kernel (``variants()`` of each folder's ``kernel.py``) with Triton's own
 compilers, which need no device. Pointers and integers count as divisible by 16, as they are for the
@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import importlib
+import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import pkgutil
@@ -29,9 +31,6 @@ from typing import Any
 
 import fxlrp.kernels
 from fxlrp.kernels.launch import Variant
-
-RESULTS = Path(__file__).parent / "results" / "kernels_compiled.json"
-TABLE = Path(__file__).parents[1] / "docs" / "kernels-compiled.md"
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,31 @@ def variants(only: Iterable[str] = ()) -> Iterator[tuple[str, Variant]]:
             yield from ((name, variant) for variant in module.variants())
 
 
+#: A folder, its variant, and what to compile it for.
+Job = tuple[str, Variant, Target]
+
+
+def jobs(only: Iterable[str] = ()) -> list[Job]:
+    """Every variant for each target that it is for; of some folders only, where named."""
+    return [(f, v, t) for f, v in variants(only) for t in TARGETS if t.name in v.targets]
+
+
+def sample(work: Iterable[Job]) -> list[Job]:
+    """The largest default variant of each function, dtype and target: what takes most memory."""
+    largest: dict[tuple[str, str, str, str], Job] = {}
+    for job in work:
+        folder, variant, target = job
+        key = folder, variant.kernel.fn.__name__, dtype_of(variant), target.name
+        if variant.is_default and (key not in largest or _size(variant) >= _size(largest[key][1])):
+            largest[key] = job
+    return list(largest.values())
+
+
+def _size(variant: Variant) -> int:
+    numbers = [c for c in variant.constants.values() if type(c) is int and c > 0]
+    return math.prod(numbers)
+
+
 def dtype_of(variant: Variant) -> str:
     """The element type of a variant's first pointer, such as ``bf16``."""
     return next((kind[1:] for kind in variant.signature.values() if kind.startswith("*")), "")
@@ -165,148 +189,60 @@ def _used(asm: Mapping[str, Any]) -> tuple[int, int]:
     return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
 
 
-_shared_out: list[tuple[str, Variant]] = []  # in a worker: what its parent enumerated
+_inherited: list[Job] = []  # in a worker: its parent's, since Triton's functions cannot be pickled
 
 
-def _adopt(work: list[tuple[str, Variant]]) -> None:
-    _shared_out[:] = work
+def _inherit(work: list[Job]) -> None:
+    _inherited[:] = work
 
 
-def _compile(index: int, target: Target) -> Compiled:
-    return compile_variant(*_shared_out[index], target)
+def _compile(index: int) -> Compiled:
+    return compile_variant(*_inherited[index])
 
 
-def compile_all(
-    work: Sequence[tuple[str, Variant]], targets: Sequence[Target] = TARGETS, jobs: int = 1
-) -> Iterator[Compiled]:
-    """Each variant for each target, in order; in several processes where asked for."""
+def compile_all(work: Sequence[Job], processes: int = 1) -> Iterator[Compiled]:
+    """Each job, in order; in several processes where asked for."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile: unset it before Triton is imported")
-    if jobs == 1:
-        yield from (compile_variant(*item, target) for item in work for target in targets)
+    if processes == 1:
+        yield from (compile_variant(*job) for job in work)
         return
     pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("fork"), initializer=_adopt, initargs=(list(work),)
+        processes, multiprocessing.get_context("fork"), initializer=_inherit, initargs=(list(work),)
     )
     with pool:
-        pending = [pool.submit(_compile, i, target) for i in range(len(work)) for target in targets]
-        yield from (future.result() for future in pending)
-
-
-def summarise(found: Iterable[Compiled]) -> str:
-    """A table with a row per kernel and dtype and a column per target: the worst of the default variants."""
-    rows: dict[tuple[str, str], dict[str, list[Compiled]]] = {}
-    for one in found:
-        rows.setdefault((one.kernel, one.dtype), {}).setdefault(one.target, []).append(one)
-    names = [t.name for t in TARGETS]
-    lines = [
-        "| kernel | dtype | variants | " + " | ".join(f"{t.name} ({t.example})" for t in TARGETS) + " |",
-        "|---|---|---|" + "---|" * len(names),
-    ]
-    for (kernel, dtype), by_target in rows.items():
-        of_one = next(iter(by_target.values()))
-        default = sum(c.is_default for c in of_one)
-        tuned = len(of_one) - default
-        count = f"{default}" + (f" + {tuned} to tune" if tuned else "")
-        cells = [_worst(by_target.get(name, [])) for name in names]
-        lines.append(f"| {kernel} | {dtype} | {count} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _worst(found: Sequence[Compiled]) -> str:
-    default = [c for c in found if c.is_default and not c.error]
-    if not default:
-        return "–"
-    spills = sum(c.spilled > 0 for c in default)
-    text = f"{max(c.registers for c in default)} / {max(c.shared for c in default) / 1024:.3g} / {spills}"
-    faults = sum(bool(c.fault()) for c in found)
-    return text + (f" (**{faults} at fault**)" if faults else "")
-
-
-def document(found: Sequence[Compiled], triton_version: str) -> str:
-    """The page that is generated: :data:`TABLE`."""
-    tuned = [c for c in found if not c.is_default]
-    bad = sum(bool(c.spilled or c.error) for c in tuned)
-    limits = ", ".join(f"{t.shared_limit // 1024} KiB on {t.name}" for t in TARGETS)
-    return f"""# Kernels as they are compiled
-
-Generated by `python -m bench.aot --write` with Triton {triton_version}, on a machine without a GPU; every
-variant is in [kernels_compiled.json](../bench/results/kernels_compiled.json). A cell says of the variants
-that launches choose: **most registers a thread / most shared memory a block in KiB / variants that spill**.
-The limits are 255 registers (gfx942: 512) and {limits}.
-Compiled is not measured: [kernels.md](kernels.md) says what has run on a device.
-
-{summarise(found)}
-
-{len(tuned)} of {len(found)} are alternatives for tuning, which no launch chooses; {bad} of them spill or do
-not compile.
-"""
-
-
-def stored(found: Sequence[Compiled]) -> dict[str, Any]:
-    """Results to be kept: folder → label → target → [registers, shared bytes, spilled bytes] or the error."""
-    kept: dict[str, Any] = {}
-    for c in found:
-        label = kept.setdefault(c.kernel, {}).setdefault(c.label, {"dtype": c.dtype, "default": c.is_default})
-        label[c.target] = c.error or [c.registers, c.shared, c.spilled]
-    return kept
-
-
-def restored(kept: Mapping[str, Any]) -> list[Compiled]:
-    """The inverse of :func:`stored`."""
-    found = []
-    for kernel, labels in kept.items():
-        for label, entry in labels.items():
-            for target in TARGETS:
-                result = entry.get(target.name)
-                if result is not None:
-                    about = (kernel, label, entry["dtype"], target.name, entry["default"])
-                    is_error = isinstance(result, str)
-                    found.append(Compiled(*about, error=result) if is_error else Compiled(*about, *result))
-    return found
-
-
-def dump(kept: Mapping[str, Any]) -> str:
-    """JSON with a line per variant."""
-    folders = []
-    for kernel, labels in kept.items():
-        lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in labels.items())
-        folders.append(f" {json.dumps(kernel)}: {{\n{lines}\n }}")
-    return "{\n" + ",\n".join(folders) + "\n}\n"
+        yield from pool.map(_compile, range(len(work)))
 
 
 def main() -> None:
-    """Compile, print the table and what is at fault; with ``--json`` and ``--out``, write them."""
+    """Compile, print the table and what is at fault; with ``--write``, keep both."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
     parser.add_argument("--only", nargs="*", default=(), choices=kernels(), help="kernels")
-    parser.add_argument("--targets", nargs="*", choices=[t.name for t in TARGETS], help="GPUs")
-    parser.add_argument("--default", action="store_true", help="only what launches choose")
+    parser.add_argument("--targets", nargs="*", default=(), choices=[t.name for t in TARGETS], help="GPUs")
+    parser.add_argument("--sample", action="store_true", help="the largest variant of each function only")
     parser.add_argument("--lines", action="store_true", help="print each result as a line of JSON")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name} and {TABLE.name}")
+    parser.add_argument("--write", action="store_true", help="write docs/kernels-compiled.md and its JSON")
     options = parser.parse_args()
-    import triton
+    from . import aot_table  # which is written in terms of this module
 
-    work = [(name, v) for name, v in variants(options.only) if v.is_default or not options.default]
-    targets = [t for t in TARGETS if not options.targets or t.name in options.targets]
-    start, total = time.perf_counter(), len(work) * len(targets)
-    found: list[Compiled] = []
-    for one in compile_all(work, targets, options.jobs):
+    known = jobs(options.only)
+    work = sample(known) if options.sample else known
+    work = [job for job in work if not options.targets or job[2].name in options.targets]
+    start, found = time.perf_counter(), []
+    for one in compile_all(work, options.jobs):
         found.append(one)
         if options.lines:
             print(json.dumps(asdict(one) | {"fault": one.fault()}), flush=True)
         elif len(found) % 20 == 0:
-            print(f"[{len(found)}/{total}] {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            spent = time.perf_counter() - start
+            print(f"[{len(found)}/{len(work)}] {spent:.0f} s", file=sys.stderr, flush=True)
     if options.write:
-        kept = stored(found)
-        if options.only and RESULTS.exists():
-            kept = dict(sorted({**json.loads(RESULTS.read_text()), **kept}.items()))
-        RESULTS.write_text(dump(kept))
-        TABLE.write_text(document(restored(kept), triton.__version__))
+        aot_table.write(known, found)
     if not options.lines:
-        print(summarise(found))
+        print(aot_table.summarise(found))
     faults = [f"{c.kernel}: {c.label} for {c.target}: {c.fault()}" for c in found if c.fault()]
     print(*faults, f"{len(found)} compiled, {len(faults)} at fault", sep="\n", file=sys.stderr)
     sys.exit(bool(faults))

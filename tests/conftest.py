@@ -51,6 +51,15 @@ def shared_data() -> Path:
     return folder
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests ran a kernel in Triton's interpreter."""
+    passed = [r for r in terminalreporter.stats.get("passed", []) if "tests/kernels/" in r.nodeid]
+    interpreted = sum(("kernels", "interpreted") in map(tuple, r.user_properties) for r in passed)
+    if passed:
+        text = f"kernels: {interpreted} of {len(passed)} tests that passed ran one in Triton's interpreter"
+        terminalreporter.write_line(text)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -29,6 +29,7 @@ class Variant:
         num_warps: warps of 32 threads for each program.
         num_stages: how deep loads are pipelined.
         is_default: whether a launch chooses it without tuning; such a one must not spill registers.
+        targets: what launches choose it for, and tests compile it for.
     """
 
     label: str
@@ -39,6 +40,7 @@ class Variant:
     num_stages: int = 2
     is_default: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
+    targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 @functools.cache

@@ -27,7 +27,7 @@ def _bench(*args):
 
 @pytest.mark.slow
 def test_the_gate_of_every_benchmark_passes_in_the_interpreter():
-    """Would break if a benchmark could not run, or compared the kernel with something else than it computes."""
+    """Would break if a benchmark could not run, or compared the kernel with something else."""
     result = _bench("--dry-run")
     rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert [(row["what"], row["error"]) for row in rows if "error" in row] == []

@@ -18,9 +18,8 @@ Predicted on an H200 (dense bf16, 790 TFLOP/s; products of 2 N M D operations ea
   pass over out and G (3 N E values), with ``score_epsilon`` one division for each score.
 - ``attention_frozen_relevance``: 2 products, so 2.5 times fewer than that backward.
 - K coefficients: scores and probabilities are computed once for each C of them (the table in ``tiles.py``).
-  A call of one takes 7 products and 2 passes of exponentials; C take ``5 C + 2`` and 2. With an exponential at
-  the price of D / 128 products turned round (1 at D = 128, 2 at D = 64), that is 0.59 (D = 64, C = 4) to 0.72
-  (D = 128, C = 2 and 4) of as many calls.
+  A call of one takes 7 products and 2 passes of exponentials, which cost a product each at D = 128 and two at
+  D = 64. C together take ``5 C + 2`` and 2: @@RATIO@@
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def attention_forward(
     Source: Dao et al. 2022 (FlashAttention); sinks: OpenAI 2025 (gpt-oss); soft cap: Gemma 2.
     """
     scoring = Scoring.of(q.shape[-1], scale, causal, offset, window, soft_cap)
-    if launch.runs_triton(q, k, v):
+    if _runs(q, k, v):
         from . import kernel
 
         return kernel.forward(q, k, v, mask, sinks, scoring)
@@ -96,18 +95,19 @@ def attention_relevance(
 
     With probabilities P from lse, ``G' = sigma(out) G`` and ``t`` the slope of the cap (1 without one):
     ``dS = P (G' v^T - sum(out G')) t sigma'(q k^T)``, they are ``G_q = shares[0] scale dS k``,
-    ``G_k = shares[1] scale dS^T q`` and ``G_v = shares[2] P^T G'``, where ``sigma(z) = |z| / (|z| + epsilon)``
-    and sigma' has ``score_epsilon``. Shares of 1/4, 1/4 and 1/2 without stabilisers are AttnLRP's attention,
+    ``G_k = shares[1] scale dS^T q`` and ``G_v = shares[2] P^T G'``, where
+    ``sigma(z) = |z| / (|z| + epsilon)`` and sigma' has ``score_epsilon``. Shares of 1/4, 1/4 and 1/2 without stabilisers are AttnLRP's attention,
     shares of 1 the gradient. An operand whose share is 0 costs nothing, and its place is taken by an empty
     tensor of shape ``[0]``.
 
-    Deterministic: keys' and values' sums run over queries and heads of a group in one order, queries' over keys.
+    Deterministic: sums run in one order, keys' and values' over the group's heads and queries, queries' over
+    keys.
 
     Source: AttnLRP, Prop. 3.1 and 3.3; Dao et al. 2022, appendix B.2, for ``sum(P dP) = sum(out G')``.
     """
     scoring = Scoring.of(q.shape[-1], scale, causal, offset, window, soft_cap, cap_gradient)
     share_q, share_k, share_v = shares
-    if launch.runs_triton(q, k, v, out, lse, g):
+    if _runs(q, k, v, out, lse, g):
         from . import kernel
 
         return kernel.relevance(
@@ -136,11 +136,16 @@ def attention_frozen_relevance(
     Source: Ali et al. 2022 (AH-rule); CP-LRP in AttnLRP, section 2.
     """
     scoring = Scoring.of(q.shape[-1], scale, causal, offset, window, soft_cap)
-    if launch.runs_triton(q, k, lse, g):
+    if _runs(q, k, lse, g):
         from . import kernel
 
         return kernel.frozen_relevance(q, k, lse, g, mask, scoring)
     return reference.frozen_relevance(q, k, lse, g, mask, scoring)
+
+
+def _runs(*tensors: Tensor) -> bool:
+    """Whether kernels run; on float64 the reference does."""
+    return launch.runs_triton(*tensors) and tensors[0].dtype in launch.DTYPES
 
 
 def _like(x: Tensor, *shape: Any) -> Tensor:

@@ -174,7 +174,7 @@ def of_keys(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, of_k_ptr, 
             raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             scores = masked(scored(raw, inner, outer, CAP), mask, m_q, m_k, block, column, rows, columns,
                             queries, keys, MASK, PER_KEY)  # fmt: skip
-            if CAUSAL or WINDOW:
+            if CAUSAL or WINDOW:  # noqa: SIM102  # the first is a constant
                 if (block < full) | (block >= edge):
                     scores = seen(scores, block, column, rows, columns, keys, offset, window, CAUSAL, WINDOW)
             weights = tl.exp2(scores - tl.load(lse + block + tl.arange(0, QUERIES))[None, :])

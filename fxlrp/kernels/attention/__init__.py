@@ -97,8 +97,8 @@ def attention_relevance(
     With probabilities P from lse, ``G' = sigma(out) G`` and ``t`` the slope of the cap (1 without one):
     ``dS = P (G' v^T - sum(out G')) t sigma'(q k^T)``, they are ``G_q = shares[0] scale dS k``,
     ``G_k = shares[1] scale dS^T q`` and ``G_v = shares[2] P^T G'``, where
-    ``sigma(z) = |z| / (|z| + epsilon)`` and sigma' has ``score_epsilon``. Shares of 1/4, 1/4 and 1/2 without stabilisers are AttnLRP's attention,
-    shares of 1 the gradient. An operand whose share is 0 costs nothing, and its place is taken by an empty
+    ``sigma(z) = |z| / (|z| + epsilon)`` and sigma' has ``score_epsilon``.
+    Shares of 1/4, 1/4 and 1/2 without stabilisers are AttnLRP's attention, shares of 1 the gradient. An operand whose share is 0 costs nothing, and its place is taken by an empty
     tensor of shape ``[0]``.
 
     Deterministic: sums run in one order, keys' and values' over the group's heads and queries, queries' over

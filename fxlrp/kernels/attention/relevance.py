@@ -126,7 +126,8 @@ def of_keys(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, of_k_ptr, 
             D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, GROUP: tl.constexpr,
             QUERIES: tl.constexpr, KEYS: tl.constexpr, TARGETS: tl.constexpr, OF_K: tl.constexpr,
             OF_V: tl.constexpr, MASK: tl.constexpr, PER_KEY: tl.constexpr, CAUSAL: tl.constexpr,
-            WINDOW: tl.constexpr, CAP: tl.constexpr, DAMP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+            WINDOW: tl.constexpr, CAP: tl.constexpr, DAMP: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
     """``G_k = factor_k dS^T q`` and ``G_v = factor_v P^T G`` of a block of keys of one head, for ``TARGETS``
     targets, summed over the ``GROUP`` query heads that the keys serve.
     """

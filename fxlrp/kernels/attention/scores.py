@@ -116,8 +116,8 @@ def seen(
 def span(first, last, count, below, above, LOWER: tl.constexpr, UPPER: tl.constexpr, BLOCK: tl.constexpr):
     """Which of ``count`` places lie from ``f - below`` to ``f + above`` for f from first to last, in blocks.
 
-    Returns start, inner, outer, stop: blocks from start to stop hold all that do, and from inner to outer they
-    are whole and lie there for every f. Without ``LOWER`` both begin at 0, without ``UPPER`` only the count
+    Returns start, inner, outer, stop: blocks from start to stop hold all that do, and from inner to outer
+    they are whole and lie there for every f. Without ``LOWER`` both begin at 0, without ``UPPER`` only the count
     bounds.
     """
     start = 0

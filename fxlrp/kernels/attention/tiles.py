@@ -149,13 +149,13 @@ TABLES: dict[tuple[str, str, int], Table] = {
     },
     ("of_queries", "blackwell", 2): {
         64: Row(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-        128: Row(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+        128: Row(Tiles(128, 64, 8, 2), Tiles(32, 32, 8, 1)),
         256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
     },
     ("of_keys", "blackwell", 2): {
-        64: Row(Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1)),
-        128: Row(Tiles(16, 64, 4, 1), Tiles(16, 64, 4, 1)),
-        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        64: Row(Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2, 2)),
+        128: Row(Tiles(32, 128, 8, 1), Tiles(32, 128, 8, 1)),
+        256: Row(Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
     },
     ("frozen", "blackwell", 2): {
         64: Row(Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1)),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def wide(x: Tensor) -> Tensor:
@@ -31,6 +33,20 @@ def as_k_rows(x: Tensor, dims: int) -> Tensor:
     x = with_k(x, dims)
     x = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def alike(shape: Sequence[Any], *others: Sequence[Any]) -> bool:
+    """Whether shapes are known to be equal. Adds no guard: symbols that may differ make them unlike."""
+    return all(
+        len(o) == len(shape) and all(statically_known_true(m == n) for m, n in zip(o, shape, strict=True))
+        for o in others
+    )
+
+
+def fits(coefficient: Sequence[Any], shape: Sequence[Any]) -> bool:
+    """Whether a coefficient's shape is known to be ``[*shape]`` or ``[K, *shape]``."""
+    more = len(coefficient) - len(shape)
+    return more in (0, 1) and alike(shape, coefficient[more:])
 
 
 def known(size: Any) -> int | None:
@@ -75,40 +91,43 @@ class Tile:
 class Tiles:
     """Tiles for rows of any length: one tile for a whole row up to a width, beyond it several.
 
-    A thread holds about ``per_thread`` elements of every tensor, two or more loads of 16 bytes in half
-    precision: enough under way to hide the latency of memory, and few enough for two programs or more on a
-    multiprocessor, so that one computes while another waits.
+    Sizes are bytes of one tensor. A thread has two or more loads of 16 bytes under way, enough to hide the
+    latency of memory, and few enough for two programs or more on a multiprocessor, so that one computes
+    while another waits.
 
     Attributes:
-        widest: columns of the widest row that is one tile.
-        per_thread: elements a thread holds of a tile of 2048 elements or more.
+        widest: of the widest row that is one tile.
+        per_thread: what a thread holds of a tile that is wide enough.
         looped: the widest tile of a row that has several.
     """
 
     widest: int
     per_thread: int
-    looped: Tile
+    looped: int
 
-    def of(self, columns: Any) -> Tile:
+    def of(self, columns: Any, itemsize: int) -> Tile:
         """The tile for rows of so many columns; a symbol gets one that is right for any number of them."""
         width = max(_NARROWEST, 1 << (likely(columns, 1024) - 1).bit_length())
-        if known(columns) is None or width > self.widest:
-            return self._looped(min(width, self.looped.columns))
-        return self._one(width)
+        if known(columns) is None or width * itemsize > self.widest:
+            return self._looped(min(width, self.looped // itemsize), itemsize)
+        return self._one(width, itemsize)
 
-    def all(self) -> list[Tile]:
+    def all(self, itemsize: int) -> list[Tile]:
         """Every tile that :meth:`of` can choose."""
-        widths = [1 << i for i in range(_NARROWEST.bit_length() - 1, self.widest.bit_length())]
-        looped = [self._looped(width) for width in widths if width <= self.looped.columns]
-        return [*map(self._one, widths), *looped]
+        widths = [1 << i for i in range(_NARROWEST.bit_length() - 1, (self.widest // itemsize).bit_length())]
+        looped = [self._looped(w, itemsize) for w in widths if w * itemsize <= self.looped]
+        return [*(self._one(w, itemsize) for w in widths), *looped]
 
-    def _looped(self, width: int) -> Tile:
-        return self.looped if width == self.looped.columns else replace(self._one(width), warps=8, loops=True)
+    def _one(self, width: int, itemsize: int) -> Tile:
+        elements = max(width, _SMALLEST // itemsize)
+        warps = elements * itemsize // (32 * self.per_thread)
+        return Tile(elements // width, width, min(16, max(4, warps)))
 
-    def _one(self, width: int) -> Tile:
-        elements = max(width, _ELEMENTS)
-        return Tile(elements // width, width, min(16, max(4, elements // (32 * self.per_thread))))
+    def _looped(self, width: int, itemsize: int) -> Tile:
+        # Of the widest, few programs at a time: what they read again is then still in the L2 cache.
+        warps = 16 if width * itemsize == self.looped else 8
+        return replace(self._one(width, itemsize), warps=warps, loops=True)
 
 
-#: Columns of the narrowest tile, and the elements that a tile has at least.
-_NARROWEST, _ELEMENTS = 32, 2048
+#: Columns of the narrowest tile, and bytes that a tile has at least.
+_NARROWEST, _SMALLEST = 32, 4096

@@ -1,7 +1,8 @@
-"""Triton's interpreter holds bfloat16 as integers and is wrong about it in three places: set right here.
+"""Triton's interpreter holds bfloat16 as integers and is wrong about it in four places: set right here.
 
-Casts from float32 cut digits off where devices round to nearest even, and dot products and absolute values
-are those of the integers. Needed where kernels multiply or round in bfloat16; the rest is as it is.
+Casts from float32 cut digits off where devices round to nearest even, casts to float32 lose subnormals, and
+dot products and absolute values are those of the integers. Needed where kernels multiply or round in
+bfloat16; the rest is as it is.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def bfloat16() -> Iterator[None]:
     def cast_impl(self: Any, src: Any, kind: Any) -> Any:
         if src.dtype.scalar == tl.float32 and kind.scalar == tl.bfloat16:
             return handle(_rounded(src.data), tl.bfloat16)
+        if src.dtype.scalar == tl.bfloat16 and kind.scalar == tl.float32:
+            return wide(src)
         return cast(self, src, kind)
 
     def create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:

@@ -4,17 +4,20 @@ import pytest
 
 pytest.importorskip("triton")
 
-import interpreter  # noqa: E402
-import torch  # noqa: E402
-from common import DTYPES, EDGES, assert_accurate, checked, strided, values  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+import interpreter
+import torch
+from common import DTYPES, EDGES, assert_accurate, checked, strided, values
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.source import ConstantSource
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from fxlrp.kernels import linear_epsilon as ops  # noqa: E402
-from fxlrp.kernels.linear_epsilon import kernel, reference  # noqa: E402
-from fxlrp.kernels.matmul import Table, Tiles, hint  # noqa: E402
-from fxlrp.rules import Epsilon  # noqa: E402
-from fxlrp.rules.base import Call  # noqa: E402
+from fxlrp.kernels import linear_epsilon as ops
+from fxlrp.kernels.linear_epsilon import kernel, reference
+from fxlrp.kernels.matmul import Table, Tiles, hint
+from fxlrp.rules import Epsilon
+from fxlrp.rules.base import Call
 
 SMALL = Tiles(16, 32, 16, warps=4, stages=2)
 CHOSEN = pytest.mark.parametrize("chosen", [(SMALL, 1), (SMALL, 3)], ids=["whole", "in parts"])
@@ -62,13 +65,17 @@ def test_coefficients_are_as_accurate_as_pytorch(device, dtype, count, chosen):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 20, 150])
+@pytest.mark.parametrize("rows", [1, 20, 50])
 def test_what_launches_choose(device, dtype, rows):
-    """Would break if the tiles of a size class, or their epilogue in halves, computed something else."""
+    """Would break if the tiles of a size class computed something else."""
     g, z, weight, x = operands((rows,), 130, 300, dtype, device)
     check(g, z, weight, 0.3, x=x)
-    for tiles in kernel.table(dtype, False).many:
-        check(g, z, weight, 0.3, x=x, chosen=(tiles, 1))
+
+
+def test_an_epilogue_in_halves(device):
+    """Would break if a wide tile's second half went elsewhere."""
+    g, z, weight, x = operands((9,), 20, 300, torch.float32, device, 2)
+    check(g, z, weight, 0.3, x=x, chosen=(Tiles(16, 256, 16, warps=4, stages=2), 1))
 
 
 @CHOSEN
@@ -80,6 +87,14 @@ def test_each_row_has_its_own_stabiliser(device, chosen):
     check(g, z, weight, 0.0, torch.full((1, 1), 0.4, device=device), chosen=chosen)
 
 
+def test_coefficients_that_are_one_in_memory(device):
+    """Would break if a stride of 0 were not followed: the same coefficient for every sample."""
+    g, z, weight, _ = operands((3, 7), 33, 20, torch.float32, device, 2)
+    found = kernel.relevance(g[:, :1].expand_as(g), z, weight, 0.3, None, None, False)
+    expected = kernel.relevance(g[:, :1].repeat(1, 3, 1, 1), z, weight, 0.3, None, None, False)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_at_the_edges(device, dtype, edge):
@@ -89,13 +104,11 @@ def test_values_at_the_edges(device, dtype, edge):
 
 
 @CHOSEN
-def test_strides(device, chosen):
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "rows apart"])
+def test_strides(device, chosen, layout):
     """Would break if a stride were taken for that of a contiguous tensor."""
     g, z, weight, x = operands((2, 9), 33, 20, torch.float32, device, 2)
-    check(strided(g), strided(z), strided(weight), 0.3, x=strided(x), chosen=chosen)
-    check(g, z, weight.t().contiguous().t(), 0.3, chosen=chosen)
-    check(g.mT.contiguous().mT, z.mT.contiguous().mT, weight, 0.3, chosen=chosen)
-    check(g[:1].expand(2, -1, -1, -1), z[:1].expand(2, -1, -1), weight, 0.3, chosen=chosen)
+    check(*(strided(t, layout) for t in (g, z, weight)), 0.3, x=strided(x, layout), chosen=chosen)
 
 
 @settings(max_examples=12)
@@ -162,7 +175,9 @@ def test_it_compiles_whole():
         fullgraph=True,
         dynamic=True,
     )
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    # PyTorch's cache knows these ops by name and not by what they are made of.
+    fresh = torch._inductor.config.patch(force_disable_caches=True)
+    with torch._dynamo.config.patch(error_on_recompile=True), fresh:
         for rows in (3, 6):
             inputs = operands((rows,), 7, 5, torch.float32, "cpu")
             same = ops.linear_epsilon_relevance(*inputs[:3], 0.1, None, inputs[3])
@@ -175,8 +190,8 @@ def test_it_compiles_whole():
         ({}, ""),
         ({"epsilon": 0.0}, "no factor"),
         ({"z": torch.zeros(3, 4, dtype=torch.float16)}, "one dtype"),
-        ({"weight": torch.zeros(4)}, r"W \[out, in\]"),
-        ({"g": torch.zeros(2, 2, 3, 4)}, r"W \[out, in\]"),
+        ({"weight": torch.zeros(4)}, "W [out, in]"),
+        ({"g": torch.zeros(2, 2, 3, 4)}, "W [out, in]"),
         (dict.fromkeys(("g", "z", "weight"), torch.zeros(4, 4, dtype=torch.float64)), "float64"),
     ],
 )
@@ -187,10 +202,11 @@ def test_refusals(change, reason):
     if torch.cuda.is_available():
         pytest.skip("on a machine with a CUDA device, tensors on the CPU are refused as such")
     assert is_fit == (not reason)
-    __import__("re").search(reason, why) or pytest.fail(why)
+    assert reason in why
 
 
 TABLE = Table(
+    most=64,
     few=(Tiles(16, 64, 64, 4, 3), Tiles(64, 128, 64, 4, 3)),
     many=(Tiles(128, 256, 64, 8, 3, shared=200), Tiles(64, 64, 64, 4, 3)),
 )
@@ -217,14 +233,10 @@ def test_tiles_by_size(sizes, shared, expected):
 
 def test_a_symbol_counts_as_its_example():
     """Would break if choosing tiles fixed a size of a trace."""
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
     shapes = ShapeEnv()
-    with FakeTensorMode(shape_env=shapes) as mode:
-        x = mode.from_tensor(
-            torch.zeros(6, 4),
-            symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC]),
-        )
-        assert hint(x.shape) == 24 and hint((2 * x.shape[0],)) == 12
-        assert not shapes.guards
+    dynamic = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    mode = FakeTensorMode(shape_env=shapes)
+    x = mode.from_tensor(torch.zeros(6, 4), symbolic_context=dynamic, source=ConstantSource("x"))
+    assert isinstance(x.shape[0], torch.SymInt)
+    assert hint(x.shape) == 24 and hint((2 * x.shape[0],)) == 12
+    assert not shapes.guards

@@ -306,19 +306,17 @@ def _relevance(
     )
 
 
-_FORMS = ("activation", "activation relevance", "gate")
-_RELEVANCE_FORMS = ("gate relevance", "packed gate relevance", "packed frozen gate relevance")
-
-
 def variants() -> Iterator[Variant]:
-    """Every activation and form with the widest tile; all tiles with GELU, which takes most registers."""
+    """Every activation with the widest tile; other forms and tiles with GELU, which takes most registers."""
     for dtype, name in DTYPES.items():
         wide, half = (_one_row(size // dtype.itemsize) for size in (_BYTES, _BYTES_OF_GATE))
         for activation in ACTIVATIONS:
-            for form in _FORMS:
-                yield _times_variant(name, activation, form, wide)
-            for form in _RELEVANCE_FORMS:
-                yield _relevance_variant(name, activation, form, half)
+            yield _times_variant(name, activation, "gate", wide)
+            yield _relevance_variant(name, activation, "gate relevance", half)
+        for form in ("activation", "activation relevance"):
+            yield _times_variant(name, "gelu", form, wide)
+        for form in ("packed gate relevance", "packed frozen gate relevance"):
+            yield _relevance_variant(name, "gelu", form, half)
         for tile in _narrower(wide):
             yield _times_variant(name, "gelu", "gate", tile)
         for tile in _narrower(half):

@@ -10,33 +10,36 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import DTYPES, Variant, launch
-from ..matmul import Table, Tiles, hint, shared_memory
+from ..matmul import Table, Tiles, as_rows, hint, shared_memory
 from ..matmul.kernel import add_parts, steps_of, tile_of
 
 #: Blocks of rows that go through the columns together.
 _GROUP = 8
 
 _HALF = Table(
+    most=64,
     few=(
         Tiles(16, 64, 128, warps=4, stages=3),
-        Tiles(32, 64, 128, warps=4, stages=3),
+        Tiles(32, 128, 64, warps=4, stages=3),
         Tiles(64, 128, 64, warps=4, stages=3),
     ),
-    many=(
+    tuned=(
+        Tiles(16, 32, 256, warps=4, stages=3),
         # Steps of 32: half of each step's multiplications overlap the next one's factors.
         Tiles(128, 256, 32, warps=8, stages=4, shared=120),
-        Tiles(128, 128, 32, warps=8, stages=4),
-        Tiles(64, 128, 64, warps=4, stages=3),
+        Tiles(128, 128, 64, warps=8, stages=3, shared=128),
     ),
-    tuned=(Tiles(128, 128, 64, warps=8, stages=3, shared=150),),
 )
 _TF32 = Table(
+    most=64,
     few=(Tiles(16, 64, 64, warps=4, stages=3), Tiles(64, 64, 32, warps=4, stages=3)),
-    many=(Tiles(128, 128, 32, warps=8, stages=3, shared=128), Tiles(64, 64, 32, warps=4, stages=3)),
+    tuned=(Tiles(128, 128, 32, warps=8, stages=3, shared=128),),
 )
+#: Without tensor cores, arithmetic and not reading is the cost from a few rows on, and cuBLAS is ahead there.
 _FLOAT32 = Table(
+    most=0,
     few=(Tiles(16, 64, 32, warps=4, stages=3), Tiles(64, 64, 16, warps=4, stages=3)),
-    many=(Tiles(128, 128, 16, warps=8, stages=3), Tiles(64, 64, 16, warps=4, stages=3)),
+    tuned=(Tiles(128, 128, 16, warps=8, stages=3),),
 )
 
 
@@ -60,16 +63,18 @@ def relevance(
     """The op's result; see there. `chosen`: tiles and parts of the reduction, for tests and tuning."""
     depth, columns = weight.shape
     shape = (*g.shape[:-1], columns)
-    z2, g3 = z.reshape(-1, depth), g.reshape(*g.shape[: g.dim() - z.dim()], -1, depth)
+    z2, g3 = as_rows(z), as_rows(g, *g.shape[: g.dim() - z.dim()])
     count = g3.shape[0] if g3.dim() == 3 else 1
     rows = z2.shape[0] * count
     tiles, parts = chosen or table(g.dtype, tf32).choose(
         hint(g.shape[:-1]), columns, depth, shared_memory(g.device)
     )
-    x2 = z2 if x is None else x.reshape(-1, columns)
-    floors = z2 if row_epsilon is None else row_epsilon.expand(*z.shape[:-1], 1).reshape(-1).float()
-    dtype = g.dtype if parts == 1 else torch.float32
-    out = torch.empty((parts, *shape), dtype=dtype, device=g.device)
+    x2 = z2 if x is None else as_rows(x)
+    floors = (
+        z2 if row_epsilon is None else row_epsilon.expand(*z.shape[:-1], 1).reshape(-1).float().contiguous()
+    )
+    result = torch.empty(shape, dtype=g.dtype, device=g.device)
+    out = result if parts == 1 else torch.empty((parts, *shape), dtype=torch.float32, device=g.device)
     grid = (-(-rows // tiles.rows) * -(-columns // tiles.columns), parts)
     launch(relevance_kernel)[grid](
         g3,
@@ -101,7 +106,9 @@ def relevance(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    return out[0] if parts == 1 else add_parts(out, g.dtype)
+    if parts > 1:
+        add_parts(out, result)
+    return result
 
 
 @triton.jit
@@ -188,21 +195,17 @@ def _store(total, x, out, m, out_row, is_row, n, columns, x_m, x_n, TIMES_X: tl.
 
 
 def variants() -> Iterator[Variant]:
-    """Every tile of the tables for each dtype, and both orders of weights for the largest."""
+    """Every tile of the tables for each dtype, and weights in the other order of strides for the largest."""
     for dtype, kind in DTYPES.items():
         for tf32 in (False, True) if dtype == torch.float32 else (False,):
             choices = table(dtype, tf32)
-            for tiles in choices.few:
-                yield _variant(tiles, kind, tf32, parts=4)
-            for tiles in choices.many:
-                yield _variant(tiles, kind, tf32)
-            yield _variant(choices.many[0], kind, tf32, order="w_d")
-            for tiles in choices.tuned:
-                yield _variant(tiles, kind, tf32, is_default=False)
+            for tiles, is_default in choices.launched():
+                yield _variant(tiles, kind, tf32, is_default=is_default)
+            yield _variant(choices.few[-1], kind, tf32, order="w_d", is_default=choices.most > 0)
 
 
 def _variant(
-    tiles: Tiles, kind: str, tf32: bool, parts: int = 1, order: str = "w_n", is_default: bool = True
+    tiles: Tiles, kind: str, tf32: bool, parts: int = 4, order: str = "w_n", is_default: bool = True
 ) -> Variant:
     """`order`: along which of its dimensions, in (w_n) or out (w_d), the weight is contiguous."""
     pointers = dict.fromkeys(("g", "z", "weight", "x"), f"*{kind}")
@@ -218,9 +221,7 @@ def _variant(
     }
     del signature[order]
     return Variant(
-        f"epsilon relevance, {'tf32' if tf32 else kind}, {tiles}"
-        + ", in parts" * (parts > 1)
-        + ", W transposed" * (order == "w_d"),
+        f"epsilon relevance, {'tf32' if tf32 else kind}, {tiles}" + ", W transposed" * (order == "w_d"),
         relevance_kernel,
         signature,
         {

@@ -13,11 +13,14 @@ factors computed on the way into the products; operands are rounded as by the st
 summed in parts of the reduction, which a second kernel adds in a fixed order, so that results are the same
 from run to run.
 
-What it saves, predicted for an H200 and unmeasured, in bfloat16 with M rows: forward, ``|W|`` read, written
-and read again (4 passes over W in place of 1) and ``|x|``; back the same and the factors' passes over z, A
-and G. For up to 64 rows and W 4096 x 4096, 134 MB become 33.5 MB: 8 us in place of 31. At M = 4096 both
-products (2 x 174 us at 790 TFLOP/s) are the cost, beside 40 to 60 us of passes that are saved, so the kernel
-breaks even at 0.86 to 0.9 of cuBLAS's speed.
+Up to 128 rows (64 in TensorFloat-32) the kernels are launched; with more, or in float32 without
+TensorFloat-32, the steps are one by one. Predicted for an H200 and unmeasured, in bfloat16 with M rows and
+W 4096 x 4096: one by one, ``|W|`` is read, written and read again (4 passes over W in place of 1). For up
+to 64 rows, 134 MB become 33.5 MB: 8 us in place of 31. At M = 4096 both products (2 x 174 us at 790
+TFLOP/s) are the cost, beside 40 to 60 us of passes that would be saved; but absolute values of weights go
+through registers back to shared memory, and back, 30 to 40 instructions of factors for each element are
+repeated for each of 32 tiles, more cycles than the tensor cores take. So there cuBLAS is ahead; both meet
+near 200 rows.
 
 Source: Montavon et al. 2019 (gamma), Bach et al. 2015, eq. 60 (alpha-beta), Montavon et al. 2017 (z+). The
 form with absolute values is ours.
@@ -32,6 +35,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from ..launch import runs_triton, unavailable
+from ..matmul import hint
 from . import reference
 
 #: Rule -> how many strengths it has: (gamma,) or (alpha, beta).
@@ -84,7 +88,8 @@ def linear_split_relevance(
     if runs_triton(g, z, x, weight) and can_run(x, weight, z, absolute, g)[0]:
         from . import kernel
 
-        return kernel.relevance(g, z, absolute, x, weight, rule, strengths, epsilon, times_x, tf32)
+        if hint(g.shape[:-1]) <= kernel.table(g.dtype, tf32, False).most:
+            return kernel.relevance(g, z, absolute, x, weight, rule, strengths, epsilon, times_x, tf32)
     return reference.relevance(g, z, absolute, x, weight, rule, strengths, epsilon, times_x)
 
 
@@ -112,7 +117,8 @@ def linear_split(
     if runs_triton(x, weight) and can_run(x, weight, bias)[0]:
         from . import kernel
 
-        return kernel.forward(x, weight, bias, tf32)
+        if hint(x.shape[:-1]) <= kernel.table(x.dtype, tf32, True).most:
+            return kernel.forward(x, weight, bias, tf32)
     return reference.forward(x, weight, bias)
 
 

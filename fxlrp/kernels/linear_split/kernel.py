@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import DTYPES, Variant, launch
-from ..matmul import Table, Tiles, hint, shared_memory
+from ..matmul import Table, Tiles, as_rows, hint, shared_memory
 from ..matmul.kernel import across, add_parts, dot, down, steps_of, tile_of, zeros
 from .reference import ROUNDING
 
@@ -28,38 +28,31 @@ _TF32_FEW = (
     Tiles(16, 64, 32, warps=4, stages=3, swap=True),
     Tiles(64, 64, 32, warps=4, stages=2),
 )
+#: Without tensor cores, arithmetic and not reading is the cost from a few rows on, and cuBLAS is ahead there.
 _FLOAT32 = Table(
+    most=0,
     few=(Tiles(16, 64, 16, warps=4, stages=3), Tiles(64, 64, 16, warps=8, stages=3)),
-    many=(Tiles(64, 64, 16, warps=8, stages=3),),
 )
-_FORWARD_HALF = Table(
-    few=_HALF_FEW,
-    many=(Tiles(128, 128, 32, warps=8, stages=4), Tiles(64, 128, 32, warps=4, stages=3)),
+_TF32 = Table(most=64, few=_TF32_FEW, tuned=(Tiles(64, 128, 32, warps=8, stages=3, shared=120),))
+_FORWARD = Table(
+    most=128,
+    few=(*_HALF_FEW, Tiles(128, 128, 32, warps=8, stages=4)),
     tuned=(Tiles(128, 128, 64, warps=8, stages=3, shared=112),),
 )
-_FORWARD_TF32 = Table(
-    few=_TF32_FEW,
-    many=(Tiles(64, 128, 32, warps=8, stages=3), Tiles(64, 64, 32, warps=4, stages=2)),
-)
 #: Factors of three operands take registers, so that tiles are smaller than on the way forward.
-_RELEVANCE_HALF = Table(
+_RELEVANCE = Table(
+    most=128,
     few=_HALF_FEW,
-    many=(Tiles(64, 128, 32, warps=4, stages=3),),
+    many=(Tiles(64, 128, 32, warps=8, stages=4),),
     tuned=(Tiles(128, 128, 32, warps=8, stages=4, shared=160),),
-)
-_RELEVANCE_TF32 = Table(
-    few=_TF32_FEW,
-    many=(Tiles(64, 128, 32, warps=8, stages=3, shared=120), Tiles(64, 64, 32, warps=4, stages=2)),
 )
 
 
 def table(dtype: torch.dtype, tf32: bool, is_forward: bool) -> Table:
     """What a launch chooses from: tensor cores multiply half precision and TensorFloat-32, not float32."""
-    if dtype != torch.float32:
-        return _FORWARD_HALF if is_forward else _RELEVANCE_HALF
-    if not tf32:
-        return _FLOAT32
-    return _FORWARD_TF32 if is_forward else _RELEVANCE_TF32
+    if dtype == torch.float32:
+        return _TF32 if tf32 else _FLOAT32
+    return _FORWARD if is_forward else _RELEVANCE
 
 
 def forward(
@@ -71,18 +64,20 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The op's results; see there. `chosen`: tiles and parts of the reduction, for tests and tuning."""
     columns, depth = weight.shape
-    x2 = x.reshape(-1, depth)
+    x2 = as_rows(x)
     rows = x2.shape[0]
     tiles, parts = chosen or table(x.dtype, tf32, True).choose(
         hint(x.shape[:-1]), columns, depth, shared_memory(x.device)
     )
-    dtype = x.dtype if parts == 1 else torch.float32
-    out = torch.empty((parts, 2, *x.shape[:-1], columns), dtype=dtype, device=x.device)
+    shape = (*x.shape[:-1], columns)
+    z, absolute = (torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    both = None if parts == 1 else torch.empty((parts, 2, *shape), dtype=torch.float32, device=x.device)
     launch(forward_kernel)[_grid(tiles, rows, columns, parts)](
         x2,
         weight,
         weight if bias is None else bias,
-        out,
+        z if both is None else both,
+        absolute if both is None else both[0, 1],
         rows,
         columns,
         depth,
@@ -94,8 +89,9 @@ def forward(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    both = out[0] if parts == 1 else add_parts(out, x.dtype)
-    return both[0], both[1]
+    if both is not None:
+        add_parts(both, z, absolute)
+    return z, absolute
 
 
 def relevance(
@@ -113,15 +109,16 @@ def relevance(
 ) -> Tensor:
     """The op's result; see there. `chosen`: tiles and parts of the reduction, for tests and tuning."""
     depth, columns = weight.shape
-    z2, a2, x2 = z.reshape(-1, depth), absolute.reshape(-1, depth), x.reshape(-1, columns)
-    g3 = g.reshape(*g.shape[: g.dim() - z.dim()], -1, depth)
+    z2, a2, x2 = as_rows(z), as_rows(absolute), as_rows(x)
+    g3 = as_rows(g, *g.shape[: g.dim() - z.dim()])
     count = g3.shape[0] if g3.dim() == 3 else 1
     rows = z2.shape[0] * count
     tiles, parts = chosen or table(g.dtype, tf32, False).choose(
         hint(g.shape[:-1]), columns, depth, shared_memory(g.device)
     )
-    dtype = g.dtype if parts == 1 else torch.float32
-    out = torch.empty((parts, *g.shape[:-1], columns), dtype=dtype, device=g.device)
+    shape = (*g.shape[:-1], columns)
+    result = torch.empty(shape, dtype=g.dtype, device=g.device)
+    out = result if parts == 1 else torch.empty((parts, *shape), dtype=torch.float32, device=g.device)
     launch(relevance_kernel)[_grid(tiles, rows, columns, parts)](
         g3,
         z2,
@@ -149,7 +146,9 @@ def relevance(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    return out[0] if parts == 1 else add_parts(out, g.dtype)
+    if parts > 1:
+        add_parts(out, result)
+    return result
 
 
 def _numbers(rule: str, strengths: Sequence[float], epsilon: float) -> tuple[float, float, float]:
@@ -184,6 +183,7 @@ def forward_kernel(
     weight,
     bias,
     out,
+    out_absolute,
     rows,
     columns,
     depth,
@@ -202,7 +202,9 @@ def forward_kernel(
     GROUP: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """``out[part, 0, m, n] = sum_d x[m, d] weight[n, d] + bias[n]``; ``out[part, 1]`` of absolute values."""
+    """``out[part, m, n] = sum_d x[m, d] weight[n, d] + bias[n]``, and the same of absolute values; parts lie
+    two outputs apart.
+    """
     row_block, column_block = tile_of(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
     part = tl.program_id(1)
     m = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -227,9 +229,9 @@ def forward_kernel(
         absolute += across(tl.abs(added), SWAP)
     inside = down(m < rows, SWAP) & across(n < columns, SWAP)
     size = tl.cast(rows, tl.int64) * columns
-    place = out + part * 2 * size + down(m * columns, SWAP) + across(n, SWAP)
-    tl.store(place, signed.to(out.dtype.element_ty), mask=inside)
-    tl.store(place + size, absolute.to(out.dtype.element_ty), mask=inside)
+    place = part * 2 * size + down(m * columns, SWAP) + across(n, SWAP)
+    tl.store(out + place, signed.to(out.dtype.element_ty), mask=inside)
+    tl.store(out_absolute + place, absolute.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -332,40 +334,38 @@ def relevance_kernel(
 
 
 def variants() -> Iterator[Variant]:
-    """Every tile of the tables for each dtype, both ways, and each rule where registers are short."""
+    """Every tile for each dtype, both ways; for the largest also the other rule and transposed weights."""
     for dtype in DTYPES:
         for tf32 in (False, True) if dtype == torch.float32 else (False,):
-            forth, back = table(dtype, tf32, True), table(dtype, tf32, False)
-            for choices, one in ((forth, _forward_variant), (back, _relevance_variant)):
-                for tiles in choices.few:
-                    yield one(tiles, dtype, tf32, parts=4)
-                for tiles in choices.many:
-                    yield one(tiles, dtype, tf32)
-                yield one(choices.many[0], dtype, tf32, transposed=True)
-                for tiles in choices.tuned:
-                    yield one(tiles, dtype, tf32, is_default=False)
-            for tiles in (back.few[-1], back.many[0]):
-                yield _relevance_variant(tiles, dtype, tf32, rule="gamma")
+            for make, choices in (
+                (_forward_variant, table(dtype, tf32, True)),
+                (_relevance_variant, table(dtype, tf32, False)),
+            ):
+                for tiles, is_default in choices.launched():
+                    yield make(tiles, dtype, tf32, is_default=is_default)
+                largest = (choices.many or choices.few)[-1]
+                yield make(largest, dtype, tf32, transposed=True, is_default=choices.most > 0)
+            yield _relevance_variant(largest, dtype, tf32, rule="gamma", is_default=choices.most > 0)
 
 
 def _forward_variant(
     tiles: Tiles,
     dtype: torch.dtype,
     tf32: bool,
-    parts: int = 1,
+    parts: int = 4,
     transposed: bool = False,
     is_default: bool = True,
 ) -> Variant:
     kind, order = DTYPES[dtype], "w_n" if transposed else "w_d"
     signature = {
         **dict.fromkeys(("x", "weight", "bias"), f"*{kind}"),
-        "out": "*fp32" if parts > 1 else f"*{kind}",
+        **dict.fromkeys(("out", "out_absolute"), "*fp32" if parts > 1 else f"*{kind}"),
         **dict.fromkeys(("rows", "columns", "depth", "x_m", "w_n", "w_d"), "i32"),
     }
     del signature[order]
     constants = dict.fromkeys(("x_d", "b_n", order), 1) | {"BIASED": True}
     return Variant(
-        _label("split forward", tiles, kind, tf32, parts, transposed),
+        _label("split forward", tiles, kind, tf32, transposed),
         forward_kernel,
         signature,
         constants | _constants(tiles, parts, 0, tf32),
@@ -379,7 +379,7 @@ def _relevance_variant(
     tiles: Tiles,
     dtype: torch.dtype,
     tf32: bool,
-    parts: int = 1,
+    parts: int = 4,
     transposed: bool = False,
     is_default: bool = True,
     rule: str = "alpha_beta",
@@ -400,7 +400,7 @@ def _relevance_variant(
         "TIMES_X": True,
     }
     return Variant(
-        _label(f"split relevance, {rule}", tiles, kind, tf32, parts, transposed),
+        _label(f"split relevance, {rule}", tiles, kind, tf32, transposed),
         relevance_kernel,
         signature,
         constants | _constants(tiles, parts, 0, tf32),
@@ -410,6 +410,6 @@ def _relevance_variant(
     )
 
 
-def _label(what: str, tiles: Tiles, kind: str, tf32: bool, parts: int, transposed: bool) -> str:
+def _label(what: str, tiles: Tiles, kind: str, tf32: bool, transposed: bool) -> str:
     text = f"{what}, {'tf32' if tf32 else kind}, {tiles}"
-    return text + ", in parts" * (parts > 1) + ", W transposed" * transposed
+    return text + ", W transposed" * transposed

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 #: Multiprocessors of an H200, one program each of those with large tiles.
 PROCESSORS = 132
@@ -54,14 +55,17 @@ class Table:
     """The tiles that launches choose from.
 
     Attributes:
+        most: rows up to which the kernel is launched. With more, what is computed on the way into the
+            product, again for each tile that reads it, costs more than the passes over memory that it saves.
         few: for as few rows as they have, fewest first: reading the weights is the cost, so that one tile
             takes all rows, and the reduction is split until reads of enough programs are under way.
         many: for more, largest first: the first that fills the device, or the last with a split reduction.
         tuned: not chosen; alternatives to measure.
     """
 
+    most: int
     few: tuple[Tiles, ...]
-    many: tuple[Tiles, ...]
+    many: tuple[Tiles, ...] = ()
     tuned: tuple[Tiles, ...] = ()
 
     def choose(self, rows: int, columns: int, depth: int, shared: int) -> tuple[Tiles, int]:
@@ -79,8 +83,13 @@ class Table:
         for tiles in self.many:
             if tiles.shared <= shared and _programs(tiles, rows, columns) >= PROCESSORS:
                 return tiles, 1
-        tiles = self.many[-1]
+        tiles = (self.many or self.few)[-1]
         return tiles, _parts(tiles, rows, columns, depth, PROCESSORS)
+
+    def launched(self) -> Iterator[tuple[Tiles, bool]]:
+        """Every tile, and whether launches choose it."""
+        yield from ((tiles, self.most > 0) for tiles in (*self.few, *self.many))
+        yield from ((tiles, False) for tiles in self.tuned)
 
 
 def _programs(tiles: Tiles, rows: int, columns: int) -> int:
@@ -90,6 +99,11 @@ def _programs(tiles: Tiles, rows: int, columns: int) -> int:
 def _parts(tiles: Tiles, rows: int, columns: int, depth: int, wanted: int) -> int:
     fill = wanted // max(1, _programs(tiles, rows, columns))
     return max(1, min(fill, -(-depth // tiles.depth) // _STEPS, PARTS))
+
+
+def as_rows(x: Tensor, *lead: Any) -> Tensor:
+    """``[*lead, ..., columns]`` as ``[*lead, rows, columns]``; a copy only where no view does it."""
+    return x.reshape(*lead, math.prod(x.shape[len(lead) : -1]), x.shape[-1])
 
 
 def hint(shape: Sequence[int]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,12 +15,12 @@ from . import PARTS
 _BLOCK = 1024
 
 
-def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over the first dimension, in order, in a dtype."""
-    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    n = out.numel()
-    launch(sum_parts)[(-(-n // _BLOCK),)](parts, out, n, PARTS=parts.shape[0], BLOCK=_BLOCK)
-    return out
+def add_parts(parts: Tensor, out: Tensor, other: Tensor | None = None) -> None:
+    """Write ``parts[:, 0].sum(0)`` to `out` and ``parts[:, 1].sum(0)`` to `other`, summed up in order."""
+    n, outs = out.numel(), 1 if other is None else 2
+    launch(sum_parts)[(-(-n // _BLOCK), outs)](
+        parts, out, out if other is None else other, n, PARTS=parts.shape[0], OUTS=outs, BLOCK=_BLOCK
+    )
 
 
 @triton.jit
@@ -72,14 +71,17 @@ def dot(a, b, total, PRECISION: tl.constexpr, SWAP: tl.constexpr):
 
 
 @triton.jit
-def sum_parts(parts, out, n, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """``out[i] = sum_p parts[p, i]``, one block of i a program."""
+def sum_parts(parts, out, other, n, PARTS: tl.constexpr, OUTS: tl.constexpr, BLOCK: tl.constexpr):
+    """``out[i] = sum_p parts[p, 0, i]``, and `other` of ``parts[p, 1]``; one block of i a program."""
+    if tl.program_id(1) == 1:
+        out = other
+        parts += n
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(PARTS):
         total += tl.load(parts + i, mask=inside, other=0.0)
-        parts += n
+        parts += OUTS * n
     tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -87,6 +89,6 @@ def variants() -> Iterator[Variant]:
     """The sum for each dtype, and the least and most parts."""
     for kind in DTYPES.values():
         for parts in (2, PARTS):
-            signature = {"parts": "*fp32", "out": f"*{kind}", "n": "i32"}
-            constants = {"PARTS": parts, "BLOCK": _BLOCK}
+            signature = {"parts": "*fp32", "out": f"*{kind}", "other": f"*{kind}", "n": "i32"}
+            constants = {"PARTS": parts, "OUTS": 2, "BLOCK": _BLOCK}
             yield Variant(f"sum of {parts} parts, {kind}", sum_parts, signature, constants)

@@ -1,15 +1,14 @@
-"""Normalisation and its relevance in Triton: a program holds one or several rows, or goes along one twice.
+"""Normalisation and its relevance in Triton: a program holds one or several rows, or goes along one again.
 
 The weight is read by every program, from the L1 or L2 cache; programs of narrow rows hold several and read
-it once. Statistics of a row that is longer than the tile are Welford's, a lane each, so that a mean that is
-large beside the deviation costs no digits.
+it once. Of a row that is longer than the tile the mean, the squares and the output are a pass each, so that
+a mean that is large beside the deviation costs no digits.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -20,12 +19,9 @@ from torch import Tensor
 from ..launch import DTYPES, Variant, launch
 from ..rows import Tile, Tiles, as_k_rows, as_rows
 
-TILES = Tiles(widest=16384, per_thread=32, looped=Tile(1, 4096, 16, loops=True))
+TILES = Tiles(widest=16384, per_thread=32, looped=8192)
 #: By whether the mean is taken away; if not, nothing is summed along a row, so that loops read it once too.
-RELEVANCE_TILES = {
-    True: Tiles(widest=16384, per_thread=16, looped=Tile(1, 4096, 16, loops=True)),
-    False: Tiles(widest=4096, per_thread=16, looped=Tile(1, 4096, 16, loops=True)),
-}
+RELEVANCE_TILES = {True: TILES, False: Tiles(widest=8192, per_thread=32, looped=8192)}
 #: Tiles of a loop that are under way or in use at a time.
 _STAGES = tl.constexpr(2)
 
@@ -100,24 +96,18 @@ def _norm_kernel(
         scale = tl.rsqrt(tl.sum(centre * centre, 1) / columns + eps)[:, None]
         _finish(y, h, value, centre * scale, weight, bias, at, inside, columns, offset)
     else:
-        means = tl.zeros((ROWS, COLUMNS), tl.float32)
+        if CENTRED:
+            lanes = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for start in tl.range(0, columns, COLUMNS, num_stages=_STAGES):
+                there = is_row & (start + at < columns)
+                lanes += _sum(x, residual, start + at, there, "evict_last", dtype)
+            mean = (tl.sum(lanes, 1) / columns)[:, None]
         squares = tl.zeros((ROWS, COLUMNS), tl.float32)
-        seen = 0.0
         for start in tl.range(0, columns, COLUMNS, num_stages=_STAGES):
             there = is_row & (start + at < columns)
             value = _sum(x, residual, start + at, there, "evict_last", dtype)
-            if CENTRED:
-                seen += 1.0
-                step = tl.where(there, value - means, 0.0)
-                means += step / seen
-                squares += step * (value - means)
-            else:
-                squares += value * value
-        if CENTRED:
-            # Lanes beyond the end of the last tile have seen a value less.
-            counts = ((columns - at + (COLUMNS - 1)) // COLUMNS).to(tl.float32)
-            mean = (tl.sum(means * counts, 1) / columns)[:, None]
-            squares += counts * (means - mean) * (means - mean)
+            centre = tl.where(there, value - mean, 0.0)
+            squares += centre * centre
         scale = tl.rsqrt(tl.sum(squares, 1) / columns + eps)[:, None]
         for start in tl.range(0, columns, COLUMNS, num_stages=_STAGES):
             there = is_row & (start + at < columns)
@@ -223,7 +213,7 @@ def run_norm(
     if y.numel():
         rows = as_rows(x, columns)
         residuals = None if residual is None else as_rows(residual, columns)
-        tile = tile or TILES.of(columns)
+        tile = tile or TILES.of(columns, dtype.itemsize)
         launch(_norm_kernel)[(triton.cdiv(rows.shape[0], tile.rows),)](
             rows,
             residuals,
@@ -264,7 +254,7 @@ def run_relevance(
         return out
     g = as_k_rows(coefficient, rstd.dim())
     a = None if added is None else as_k_rows(added, rstd.dim())
-    tile = tile or RELEVANCE_TILES[centred].of(columns)
+    tile = tile or RELEVANCE_TILES[centred].of(columns, g.dtype.itemsize)
     launch(_relevance_kernel)[(triton.cdiv(g.shape[1], tile.rows),)](
         g,
         rstd.contiguous(),
@@ -291,19 +281,27 @@ def run_relevance(
 
 
 def variants() -> Iterator[Variant]:
-    """The form with every operand for all tiles, those without for the widest, which takes most registers."""
-    for name, centred in itertools.product(DTYPES.values(), (True, False)):
-        for tile in TILES.all():
-            yield _forward(name, ("residual", "weight", "bias"), centred, tile)
-            if tile.columns == TILES.widest:
-                for given in (("weight", "bias"), ("weight",), ()):
+    """LayerNorm with every operand for all tiles; RMSNorm, and less operands, for the widest tiles."""
+    for dtype, name in DTYPES.items():
+        for centred in (True, False):
+            for tile in TILES.all(dtype.itemsize):
+                for given in _given(("residual", "weight", "bias"), centred, tile, TILES, dtype):
                     yield _forward(name, given, centred, tile)
-        tiles = RELEVANCE_TILES[centred]
-        for tile in tiles.all():
-            yield _relevance(name, ("weight", "added"), centred, tile)
-            if tile.columns == tiles.widest:
-                for given in (("weight",), ()):
+            tiles = RELEVANCE_TILES[centred]
+            for tile in tiles.all(dtype.itemsize):
+                for given in _given(("added", "weight"), centred, tile, tiles, dtype):
                     yield _relevance(name, given, centred, tile)
+
+
+def _given(
+    operands: tuple[str, ...], centred: bool, tile: Tile, tiles: Tiles, dtype: torch.dtype
+) -> Iterator[tuple[str, ...]]:
+    """Which optional operands a tile is compiled with: all, and where registers are most, fewer as well."""
+    is_widest = tile.columns * dtype.itemsize == (tiles.looped if tile.loops else tiles.widest)
+    if centred or is_widest:
+        yield operands
+    if is_widest and not tile.loops:
+        yield from (operands[i:] for i in range(1, len(operands) + 1))
 
 
 def _forward(name: str, given: tuple[str, ...], centred: bool, tile: Tile) -> Variant:

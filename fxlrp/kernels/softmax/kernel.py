@@ -10,7 +10,6 @@ read again then stays in the L2 cache.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,12 +21,8 @@ from torch import Tensor
 from ..launch import DTYPES, Variant, launch
 from ..rows import Tile, Tiles, as_k_rows, as_rows
 
-#: By bytes of a score: what loops fetch ahead fits 96 KiB of shared memory, a mask in float32 included.
-TILES = {
-    2: Tiles(widest=16384, per_thread=32, looped=Tile(1, 8192, 16, loops=True)),
-    4: Tiles(widest=16384, per_thread=32, looped=Tile(1, 4096, 16, loops=True)),
-}
-RELEVANCE_TILES = Tiles(widest=8192, per_thread=16, looped=Tile(1, 4096, 16, loops=True))
+TILES = Tiles(widest=32768, per_thread=32, looped=8192)
+RELEVANCE_TILES = Tiles(widest=16384, per_thread=32, looped=16384)
 #: Tiles of a loop that are under way or in use at a time.
 _STAGES = tl.constexpr(3)
 
@@ -81,11 +76,12 @@ def _softmax_kernel(
         mask += (row // queries % heads).to(tl.int64) * mask_head
         mask += (row % queries).to(tl.int64) * mask_query
     inside = is_row & (at < columns)
+    stages: tl.constexpr = _STAGES if MASK == "none" else 2  # with a mask, registers are short
     first = _scaled(scores, mask, at, inside, scale, MASK, ALONG, "")
     if LOOPS:
         # Each lane keeps its own maximum and sum; they meet once, after the loop.
         top, total = first, tl.where(first == float("-inf"), 0.0, 1.0)
-        for start in tl.range(COLUMNS, columns, COLUMNS, num_stages=_STAGES):
+        for start in tl.range(COLUMNS, columns, COLUMNS, num_stages=stages):
             there = is_row & (start + at < columns)
             x = _scaled(scores, mask, start + at, there, scale, MASK, ALONG, "evict_last")
             higher = tl.maximum(top, x)
@@ -101,7 +97,7 @@ def _softmax_kernel(
     factor = tl.where(total == 0.0, 0.0, 1.0 / total)
     tl.store(out + at, (tl.exp(first - peak) * factor).to(out.dtype.element_ty), mask=inside)
     if LOOPS:
-        for start in tl.range(COLUMNS, columns, COLUMNS, num_stages=_STAGES):
+        for start in tl.range(COLUMNS, columns, COLUMNS, num_stages=stages):
             there = is_row & (start + at < columns)
             x = _scaled(scores, mask, start + at, there, scale, MASK, ALONG, "evict_first")
             value = tl.exp(x - peak) * factor
@@ -164,7 +160,7 @@ def run_softmax(
     if out.numel() == 0:
         return out
     x = as_rows(scores, columns)
-    tile = tile or TILES[x.dtype.itemsize].of(columns)
+    tile = tile or TILES.of(columns, x.dtype.itemsize)
     kind, along, broadcast, heads, queries, strides = _mask(mask, scores)
     launch(_softmax_kernel)[(triton.cdiv(x.shape[0], tile.rows),)](
         x,
@@ -215,7 +211,7 @@ def run_relevance(
     if out.numel() == 0:
         return out
     s, g = as_rows(probabilities, columns), as_k_rows(coefficient, probabilities.dim())
-    tile = tile or RELEVANCE_TILES.of(columns)
+    tile = tile or RELEVANCE_TILES.of(columns, g.dtype.itemsize)
     launch(_relevance_kernel)[(triton.cdiv(s.shape[0], tile.rows),)](
         g,
         s,
@@ -243,14 +239,12 @@ _MASKS = {"keep": "*u8", "add": "*fp32"}
 def variants() -> Iterator[Variant]:
     """Every tile with every dtype; masks, which take a register more, with the tiles of most registers."""
     for dtype, name in DTYPES.items():
-        tiles = TILES[dtype.itemsize]
-        for tile in tiles.all():
-            for mask in (
-                ("none", *_MASKS) if tile.columns in (tiles.looped.columns, tiles.widest) else ("none",)
-            ):
+        for tile in TILES.all(dtype.itemsize):
+            wide = tile.columns * dtype.itemsize in (TILES.looped, TILES.widest)
+            for mask in ("none", *_MASKS) if wide else ("none",):
                 yield _forward(name, mask, tile)
-    for name, tile in itertools.product(DTYPES.values(), RELEVANCE_TILES.all()):
-        yield _relevance(name, tile)
+        for tile in RELEVANCE_TILES.all(dtype.itemsize):
+            yield _relevance(name, tile)
 
 
 def _constants(tile: Tile) -> dict[str, Any]:

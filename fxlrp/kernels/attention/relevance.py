@@ -6,6 +6,7 @@ as many as fill tiles, inf and 0 behind the last query. With probabilities P com
 ``dS = W (G v^T - delta)``, over keys ``G_q = dS k``, over queries ``G_k = dS^T q`` and ``G_v = P^T G``.
 Tuples hold one accumulator for each target; Triton knows no unpacking in them.
 """
+# mypy: ignore-errors
 # ruff: noqa: RUF005
 
 import triton

@@ -3,6 +3,7 @@
 Rows are queries, columns keys, as a tile's rows and columns or the other way round. Scores are multiplied
 with log2(e), so that probabilities are powers of 2.
 """
+# mypy: ignore-errors
 
 import triton
 import triton.language as tl
@@ -117,8 +118,8 @@ def span(first, last, count, below, above, LOWER: tl.constexpr, UPPER: tl.conste
     """Which of ``count`` places lie from ``f - below`` to ``f + above`` for f from first to last, in blocks.
 
     Returns start, inner, outer, stop: blocks from start to stop hold all that do, and from inner to outer
-    they are whole and lie there for every f. Without ``LOWER`` both begin at 0, without ``UPPER`` only the count
-    bounds.
+    they are whole and lie there for every f. Without ``LOWER`` both begin at 0, without ``UPPER`` only the
+    count bounds.
     """
     start = 0
     inner = 0

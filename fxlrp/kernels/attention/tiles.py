@@ -148,9 +148,9 @@ TABLES: dict[tuple[str, str, int], Table] = {
         256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
     },
     ("of_queries", "blackwell", 2): {
-        64: Row(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-        128: Row(Tiles(128, 64, 8, 2), Tiles(32, 32, 8, 1)),
-        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        64: Row(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2, 4)),
+        128: Row(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2, 2)),
+        256: Row(Tiles(128, 32, 8, 1), Tiles(64, 32, 8, 2)),
     },
     ("of_keys", "blackwell", 2): {
         64: Row(Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2, 2)),
@@ -159,7 +159,7 @@ TABLES: dict[tuple[str, str, int], Table] = {
     },
     ("frozen", "blackwell", 2): {
         64: Row(Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1)),
-        128: Row(Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
+        128: Row(Tiles(64, 128, 8, 2), Tiles(32, 64, 8, 1)),
         256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
     },
     ("forward", "blackwell", 4): {

@@ -278,8 +278,8 @@ def _launch_of_keys(
     launch(of_keys)[(_blocks(problem.keys, cut.keys) * units,)](
         q, k, v, gs, lse, delta, problem.mask, of_k, of_v,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_lead(gs), *_lead(of_k), *_lead(of_v),
-        *problem.mask.stride(), programs, k.shape[1], problem.queries, lse.shape[-1], problem.keys, gs.shape[0],
-        scoring.offset, scoring.window or 0, *problem.factors, score_epsilon,
+        *problem.mask.stride(), programs, k.shape[1], problem.queries, lse.shape[-1], problem.keys,
+        gs.shape[0], scoring.offset, scoring.window or 0, *problem.factors, score_epsilon,
         shares[0] * scoring.scale, shares[1],
         **problem.constants(), GROUP=problem.group, QUERIES=cut.queries, KEYS=cut.keys, TARGETS=cut.targets,
         OF_K=found[0] is not None, OF_V=found[1] is not None, DAMP=bool(score_epsilon),

@@ -87,7 +87,8 @@ class _Scores:
     @staticmethod
     def of(q: Tensor, k: Tensor, mask: Tensor | None, scoring: Scoring) -> _Scores:
         raw = _wide(q) @ _repeated(_wide(k), q).mT
-        s, slope = raw * scoring.scale, 1.0
+        s = raw * scoring.scale
+        slope: Tensor | float = 1.0
         if scoring.soft_cap is not None:
             x = s / scoring.soft_cap
             capped = torch.tanh(x)

@@ -1,7 +1,9 @@
 """Triton code that attention's kernels share: tiles, scores in base 2, masks, and which blocks are seen.
 
-Names: rows are queries, columns keys, as a tile's rows and columns or the other way round. Scores are multiplied with log2(e), so that probabilities are powers of 2.
+Rows are queries, columns keys, as a tile's rows and columns or the other way round. Scores are multiplied
+with log2(e), so that probabilities are powers of 2.
 """
+# mypy: ignore-errors
 
 import triton
 import triton.language as tl
@@ -48,18 +50,16 @@ def tanh(x):
     t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     far = (1.0 - t) / (1.0 + t)
     square = x * x
-    near = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
-    return tl.where(tl.abs(x) < 0.125, near, tl.where(x < 0.0, -far, far))
+    near = 62.0 / 2835.0 + square * (-1382.0 / 155925.0 + square * (21844.0 / 6081075.0))
+    near = -1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * near))
+    near = x * (1.0 + square * near)
+    return tl.where(tl.abs(x) < 0.4375, near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit
 def scored(raw, inner, outer, CAP: tl.constexpr):
     """Scores in base 2: ``raw inner``, or ``outer tanh(raw inner)``."""
-    if CAP == "none":
-        scores = raw * inner
-    else:
-        scores = tanh(raw * inner) * outer
-    return scores
+    return raw * inner if CAP == "none" else tanh(raw * inner) * outer
 
 
 @triton.jit
@@ -117,9 +117,9 @@ def seen(
 def span(first, last, count, below, above, LOWER: tl.constexpr, UPPER: tl.constexpr, BLOCK: tl.constexpr):
     """Which of ``count`` places lie from ``f - below`` to ``f + above`` for f from first to last, in blocks.
 
-    Returns start, inner, outer, stop: blocks from start to stop hold all that do, and from inner to outer they
-    are whole and lie there for every f. Without ``LOWER`` both begin at 0, without ``UPPER`` only the count
-    bounds.
+    Returns start, inner, outer, stop: blocks from start to stop hold all that do, and from inner to outer
+    they are whole and lie there for every f. Without ``LOWER`` both begin at 0, without ``UPPER`` only the
+    count bounds.
     """
     start = 0
     inner = 0

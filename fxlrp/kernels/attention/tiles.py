@@ -1,4 +1,4 @@
-"""Tile sizes by kernel, kind of device, width of the elements and head size: static facts, no tuning at run time.
+"""Tile sizes by kernel, kind of device, width of elements and head size: static facts, no tuning at run time.
 
 The tables are made for no spilled registers and shared memory within the device's; unmeasured.
 """
@@ -63,24 +63,24 @@ TOGETHER = 128
 #: By kernel, kind of device and bytes of an element.
 TABLES: dict[tuple[str, str, int], Table] = {
     ("forward", "ampere", 2): {
-        64: Row(Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1)),
-        128: Row(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        64: Row(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
+        128: Row(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2)),
+        256: Row(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
     },
     ("of_queries", "ampere", 2): {
-        64: Row(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-        128: Row(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        64: Row(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2, 2)),
+        128: Row(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2, 2)),
+        256: Row(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
     },
     ("of_keys", "ampere", 2): {
-        64: Row(Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1)),
-        128: Row(Tiles(16, 64, 4, 1), Tiles(16, 64, 4, 1)),
-        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        64: Row(Tiles(32, 64, 8, 2), Tiles(32, 64, 8, 2)),
+        128: Row(Tiles(32, 64, 8, 2), Tiles(32, 64, 8, 2)),
+        256: Row(Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
     },
     ("frozen", "ampere", 2): {
-        64: Row(Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1)),
-        128: Row(Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
-        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        64: Row(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2, 2)),
+        128: Row(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2, 2)),
+        256: Row(Tiles(32, 64, 8, 2), Tiles(32, 64, 8, 2)),
     },
     ("forward", "ampere", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
@@ -103,12 +103,12 @@ TABLES: dict[tuple[str, str, int], Table] = {
         256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("forward", "hopper", 2): {
-        64: Row(Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1)),
-        128: Row(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        64: Row(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3)),
+        128: Row(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2)),
+        256: Row(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2)),
     },
     ("of_queries", "hopper", 2): {
-        64: Row(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
+        64: Row(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2, 4)),
         128: Row(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2, 2)),
         256: Row(Tiles(128, 32, 8, 1), Tiles(128, 32, 8, 1)),
     },
@@ -118,9 +118,9 @@ TABLES: dict[tuple[str, str, int], Table] = {
         256: Row(Tiles(32, 64, 8, 2), Tiles(16, 32, 8, 1)),
     },
     ("frozen", "hopper", 2): {
-        64: Row(Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1)),
-        128: Row(Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
-        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        64: Row(Tiles(64, 128, 8, 2), Tiles(64, 128, 8, 2), Tiles(64, 128, 8, 2, 2)),
+        128: Row(Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(32, 128, 8, 2, 2)),
+        256: Row(Tiles(32, 64, 8, 2), Tiles(32, 64, 8, 2)),
     },
     ("forward", "hopper", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
@@ -148,18 +148,18 @@ TABLES: dict[tuple[str, str, int], Table] = {
         256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
     },
     ("of_queries", "blackwell", 2): {
-        64: Row(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-        128: Row(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        64: Row(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2, 4)),
+        128: Row(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2, 2)),
+        256: Row(Tiles(128, 32, 8, 1), Tiles(64, 32, 8, 2)),
     },
     ("of_keys", "blackwell", 2): {
-        64: Row(Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1)),
-        128: Row(Tiles(16, 64, 4, 1), Tiles(16, 64, 4, 1)),
-        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        64: Row(Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2, 2)),
+        128: Row(Tiles(32, 128, 8, 1), Tiles(32, 128, 8, 1)),
+        256: Row(Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
     },
     ("frozen", "blackwell", 2): {
         64: Row(Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1)),
-        128: Row(Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
+        128: Row(Tiles(64, 128, 8, 2), Tiles(32, 64, 8, 1)),
         256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
     },
     ("forward", "blackwell", 4): {
@@ -183,24 +183,24 @@ TABLES: dict[tuple[str, str, int], Table] = {
         256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("forward", "cdna", 2): {
-        64: Row(Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1)),
-        128: Row(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        64: Row(Tiles(128, 64, 8, 1), Tiles(128, 64, 8, 1)),
+        128: Row(Tiles(128, 32, 8, 1), Tiles(64, 32, 8, 1)),
+        256: Row(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1)),
     },
     ("of_queries", "cdna", 2): {
-        64: Row(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-        128: Row(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+        64: Row(Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1, 4)),
+        128: Row(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
         256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
     },
     ("of_keys", "cdna", 2): {
-        64: Row(Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1)),
-        128: Row(Tiles(16, 64, 4, 1), Tiles(16, 64, 4, 1)),
-        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        64: Row(Tiles(64, 64, 8, 1), Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1, 2)),
+        128: Row(Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
+        256: Row(Tiles(16, 64, 8, 1), Tiles(16, 64, 8, 1)),
     },
     ("frozen", "cdna", 2): {
-        64: Row(Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1)),
-        128: Row(Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
-        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        64: Row(Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 8, 1, 4)),
+        128: Row(Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(32, 64, 8, 1, 2)),
+        256: Row(Tiles(32, 64, 8, 1), Tiles(16, 64, 8, 1)),
     },
     ("forward", "cdna", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),

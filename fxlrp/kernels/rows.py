@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def wide(x: Tensor) -> Tensor:
@@ -31,6 +33,20 @@ def as_k_rows(x: Tensor, dims: int) -> Tensor:
     x = with_k(x, dims)
     x = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def alike(shape: Sequence[Any], *others: Sequence[Any]) -> bool:
+    """Whether shapes are known to be equal. Adds no guard: symbols that may differ make them unlike."""
+    return all(
+        len(o) == len(shape) and all(statically_known_true(m == n) for m, n in zip(o, shape, strict=True))
+        for o in others
+    )
+
+
+def fits(coefficient: Sequence[Any], shape: Sequence[Any]) -> bool:
+    """Whether a coefficient's shape is known to be ``[*shape]`` or ``[K, *shape]``."""
+    more = len(coefficient) - len(shape)
+    return more in (0, 1) and alike(shape, coefficient[more:])
 
 
 def known(size: Any) -> int | None:

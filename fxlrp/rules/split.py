@@ -98,7 +98,8 @@ class Gamma(_SignSplit):
         """``z / (|z| + l A + 2 epsilon / (2 + gamma))``, in [-1, 1], in float32 at least."""
         z = wide(output)
         floor = max(2 * self.epsilon / (2 + self.gamma), torch.finfo(z.dtype).tiny)
-        return z / (torch.add(z.abs(), wide(absolute), alpha=self._weight) + floor)
+        # Not add(..., alpha=l): Inductor makes addmm of it with the product before, and loses alpha (2.13).
+        return z / (z.abs() + self._weight * wide(absolute) + floor)
 
     def absorbed(
         self, call: Call, output: Tensor, cotangent: Cotangent, coefficients: Sequence[Tensor | None]

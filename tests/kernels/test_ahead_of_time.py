@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from bench import aot
+from bench import aot, aot_table
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -87,15 +87,23 @@ def test_labels_of_variants_differ():
 
 def test_the_committed_table_lists_the_variants_of_the_code():
     """Would break if a configuration was added or renamed and `python -m bench.aot --write` not run."""
-    kept = json.loads(aot.RESULTS.read_text(encoding="utf-8"))
-    listed = {
-        (folder, label, entry["dtype"], entry["default"])
-        for folder, labels in kept.items()
-        for label, entry in labels.items()
+    kept = json.loads(aot_table.RESULTS.read_text(encoding="utf-8"))
+    defined = aot_table.stored(aot.jobs(), ())
+    assert {folder: list(labels) for folder, labels in kept.items()} == {
+        folder: list(labels) for folder, labels in defined.items()
     }
-    defined = {(folder, v.label, aot.dtype_of(v), v.is_default) for folder, v in aot.variants()}
-    assert listed == defined
-    found = aot.restored(kept)
-    assert len(found) == len(aot.jobs())
-    assert not [c for c in found if c.fault()]
-    assert aot.summarise(found) in aot.TABLE.read_text(encoding="utf-8")
+    for folder, labels in defined.items():
+        for label, entry in labels.items():
+            assert kept[folder][label] == entry | {
+                target: kept[folder][label][target] for target in entry if target not in ("dtype", "default")
+            }
+
+
+def test_the_committed_table_has_the_largest_variants_and_no_fault():
+    """Would break if what was committed spills somewhere, or was compiled without the largest."""
+    kept = json.loads(aot_table.RESULTS.read_text(encoding="utf-8"))
+    found = aot_table.restored(kept)
+    compiled = {(c.kernel, c.label, c.target) for c in found}
+    assert {(f, v.label, t.name) for f, v, t in aot.sample(aot.jobs())} <= compiled
+    assert [(c.label, c.target, c.fault()) for c in found if c.fault()] == []
+    assert aot_table.summarise(found) in aot_table.TABLE.read_text(encoding="utf-8")

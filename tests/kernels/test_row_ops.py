@@ -124,3 +124,16 @@ def test_what_no_kernel_takes_is_computed_all_the_same(device):
     for found in (softmax.softmax(x), *norm.norm(x), gate.packed_gate(packed, "gelu")):
         assert found.dtype == torch.float64
     torch.testing.assert_close(softmax.softmax(x), x.softmax(-1), rtol=0, atol=1e-15)
+
+
+def test_what_broadcasts_is_left_to_pytorch(device):
+    """Would break if a kernel read a tensor that broadcasts as if it had the shape of the others."""
+    x, g, one, row = tensors(device, X, G, (1, 70), (3, 1))
+    assert "shapes that differ" in gate.can_run("silu", x, one)[1]
+    torch.testing.assert_close(gate.gate(x, one, "silu"), torch.nn.functional.silu(x) * one)
+    torch.testing.assert_close(gate.gate(one.expand(3, 70), x, "silu"), torch.nn.functional.silu(one) * x)
+    found = gate.gate_relevance(g, x, one, "silu")
+    torch.testing.assert_close(found, gate.gate_relevance(g, x, one.expand(3, 70), "silu"))
+    torch.testing.assert_close(norm.add_norm(x, row)[1], x + row)
+    torch.testing.assert_close(norm.norm_relevance(x, one[:, :1].abs()), x * one[:, :1].abs())
+    torch.testing.assert_close(norm.norm(x, row[:1, 0])[0], norm.norm(x)[0] * row[0, 0])

@@ -18,9 +18,9 @@ Predicted on an H200 (dense bf16, 790 TFLOP/s; products of 2 N M D operations ea
   pass over out and G (3 N E values), with ``score_epsilon`` one division for each score.
 - ``attention_frozen_relevance``: 2 products, so 2.5 times fewer than that backward.
 - K coefficients: scores and probabilities are computed once for each C of them (the table in ``tiles.py``).
-  A call of one takes 7 products and 2 passes of exponentials; C take ``5 C + 2`` and 2. With an exponential at
-  the price of D / 128 products turned round (1 at D = 128, 2 at D = 64), that is 0.59 (D = 64, C = 4) to 0.72
-  (D = 128, C = 2 and 4) of as many calls.
+  A call of one takes 7 products and 2 passes of exponentials, which cost a product each at D = 128 and two at
+  D = 64. C together take ``5 C + 2`` and 2: 0.72 of as
+  many calls at D = 64 (C = 4 over keys, 2 over queries), 0.88 at D = 128 (2 and 1, for want of registers).
 """
 
 from __future__ import annotations
@@ -96,12 +96,13 @@ def attention_relevance(
 
     With probabilities P from lse, ``G' = sigma(out) G`` and ``t`` the slope of the cap (1 without one):
     ``dS = P (G' v^T - sum(out G')) t sigma'(q k^T)``, they are ``G_q = shares[0] scale dS k``,
-    ``G_k = shares[1] scale dS^T q`` and ``G_v = shares[2] P^T G'``, where ``sigma(z) = |z| / (|z| + epsilon)``
-    and sigma' has ``score_epsilon``. Shares of 1/4, 1/4 and 1/2 without stabilisers are AttnLRP's attention,
-    shares of 1 the gradient. An operand whose share is 0 costs nothing, and its place is taken by an empty
-    tensor of shape ``[0]``.
+    ``G_k = shares[1] scale dS^T q`` and ``G_v = shares[2] P^T G'``, where
+    ``sigma(z) = |z| / (|z| + epsilon)`` and sigma' has ``score_epsilon``. Shares of 1/4, 1/4 and 1/2 without
+    stabilisers are AttnLRP's attention, shares of 1 the gradient. An operand whose share is 0 costs nothing,
+    and its place is taken by an empty tensor of shape ``[0]``.
 
-    Deterministic: keys' and values' sums run over queries and heads of a group in one order, queries' over keys.
+    Deterministic: sums run in one order, keys' and values' over the group's heads and queries, queries' over
+    keys.
 
     Source: AttnLRP, Prop. 3.1 and 3.3; Dao et al. 2022, appendix B.2, for ``sum(P dP) = sum(out G')``.
     """
@@ -154,14 +155,12 @@ def _like(x: Tensor, *shape: Any) -> Tensor:
     return x.new_empty((*lead, positions, heads, size)).transpose(-3, -2)
 
 
-@attention_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return _like(q, *q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=wide)
 
 
-@attention_relevance.register_fake
-def _(
+def _fake_relevance(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, g: Tensor, shares: Sequence[float], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     lead = g.shape[:-4]
@@ -172,8 +171,7 @@ def _(
     return of_q, of_k, of_v
 
 
-@attention_frozen_relevance.register_fake
-def _(q: Tensor, k: Tensor, lse: Tensor, g: Tensor, *rest: Any) -> Tensor:
+def _fake_frozen_relevance(q: Tensor, k: Tensor, lse: Tensor, g: Tensor, *rest: Any) -> Tensor:
     return _like(q, *g.shape[:-4], *k.shape[:-1], g.shape[-1])
 
 
@@ -200,6 +198,9 @@ def _pull(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return (*found, *[None] * 10)
 
 
+attention_forward.register_fake(_fake_forward)
+attention_relevance.register_fake(_fake_relevance)
+attention_frozen_relevance.register_fake(_fake_frozen_relevance)
 attention_forward.register_autograd(_pull, setup_context=_save)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,18 +69,18 @@ def relevance(
     if epsilon or shares[0] or shares[1]:
         gs, delta = _prepare(problem, _rows(out), gs, epsilon)
     lead, log_sums = g.shape[:-4], _base_2(lse)
-    of_q = of_k = of_v = q.new_empty(0)
+    of_q, of_k, of_v = (
+        _like(x, *lead, *x.shape) if share else x.new_empty(0)
+        for x, share in zip((q, k, v), shares, strict=True)
+    )
     if shares[0]:
-        of_q = _like(q, *lead, *q.shape)
         _launch_of_queries(problem, q, k, v, gs, log_sums, delta, score_epsilon, of_q, shares[0])
-    if shares[1]:
-        of_k = _like(k, *lead, *k.shape)
-    if shares[2]:
-        of_v = _like(v, *lead, *v.shape)
-    if shares[1] or shares[2]:
-        found = (of_k if shares[1] else None, of_v if shares[2] else None)
-        _launch_of_keys(problem, q, k, v, gs, log_sums, delta, score_epsilon, found, shares[1:])
-    return of_q, of_k, of_v if shares[2] else q.new_empty(0)
+    found = (of_k if shares[1] else None, of_v if shares[2] else None)
+    together = max(problem.head_sizes) <= tiles.TOGETHER
+    for pair in [found] if together else [(found[0], None), (None, found[1])]:
+        if pair != (None, None):
+            _launch_of_keys(problem, q, k, v, gs, log_sums, delta, score_epsilon, pair, shares[1:])
+    return of_q, of_k, of_v
 
 
 def frozen_relevance(
@@ -143,12 +143,12 @@ class _Problem:
             return self.scoring.scale * _LOG2E, 1.0
         return self.scoring.scale / cap, cap * _LOG2E
 
-    def tiles(self, kernel: str, targets: Any = 1) -> tiles.Tiles:
-        """The tiles of a kernel, for no more targets at once than there are; unknown numbers are large."""
-        chosen = tiles.choose(kernel, self.kind, self.q.dtype, max(self.head_sizes))
-        if isinstance(targets, int):
-            chosen = replace(chosen, targets=min(chosen.targets, 1 << max(targets - 1, 0).bit_length()))
-        return chosen
+    def tiles(self, kernel: str, targets: Any = 1, score_epsilon: float = 0.0) -> tiles.Tiles:
+        """The tiles of a kernel; an unknown number of targets counts as many."""
+        given = self.scoring
+        laden = bool(given.window is not None or given.soft_cap or score_epsilon or not self.per_key)
+        number = targets if isinstance(targets, int) else None
+        return tiles.choose(kernel, self.kind, self.q.dtype, max(self.head_sizes), number, laden)
 
     def constants(self) -> dict[str, Any]:
         """What all kernels are specialised on."""
@@ -161,18 +161,18 @@ class _Problem:
             "CAUSAL": scoring.causal,
             "WINDOW": scoring.window is not None,
             "CAP": cap,
-            "PRECISION": _precision(self.kind),
+            "PRECISION": precision(self.kind),
         }
 
 
 def variants() -> Iterator[Variant]:
     """Every configuration that a launch can choose."""
-    return configurations.variants({kind: _precision(kind) for kind in tiles.TARGETS})
+    return configurations.variants({kind: precision(kind) for kind in tiles.TARGETS})
 
 
-def _precision(kind: str) -> str:
+def precision(kind: str) -> str:
     """Products of float32: three of tf32, as exact as float32, where there is no unit for float32."""
-    return "tf32x3" if kind in ("ampere", "hopper") else "ieee"
+    return "tf32x3" if kind in ("ampere", "hopper", "blackwell") else "ieee"
 
 
 def _sizes(head_size: int, value_size: int) -> dict[str, int]:
@@ -186,7 +186,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _base_2(lse: Tensor) -> Tensor:
-    """``log2`` of denominators; inf, so that probabilities are 0, in masked rows and to a multiple of any tile."""
+    """``log2`` of denominators; inf, so that probabilities are 0, in masked rows and up to whole tiles."""
     log_sums = torch.where(lse < MASKED, math.inf, lse * _LOG2E).contiguous()
     return F.pad(log_sums, (0, _spaced(lse.shape[-1]) - lse.shape[-1]), value=math.inf)
 
@@ -222,7 +222,8 @@ def _prepare(problem: _Problem, out: Tensor, gs: Tensor, epsilon: float) -> tupl
     size = problem.head_sizes[1]
     launch(prepare)[(spaced // tiles.PREPARED.queries * programs,)](
         out, gs, damped, delta, *out.stride()[:3], *_lead(gs), *_lead(damped),
-        programs, problem.heads, problem.queries, spaced, gs.shape[0], max(epsilon, torch.finfo(torch.float32).tiny),
+        programs, problem.heads, problem.queries, spaced, gs.shape[0],
+        max(epsilon, torch.finfo(torch.float32).tiny),
         E=size, EP=tiles.padded(size), QUERIES=tiles.PREPARED.queries, DAMP=bool(epsilon),
         num_warps=tiles.PREPARED.warps,
     )  # fmt: skip
@@ -243,9 +244,10 @@ def _launch_of_queries(
 ) -> None:
     if problem.is_empty or statically_known_true(gs.shape[0] == 0):
         return
-    cut = problem.tiles("of_queries", gs.shape[0])
+    cut = problem.tiles("of_queries", gs.shape[0], score_epsilon)
     programs, scoring = problem.batch * problem.heads, problem.scoring
-    launch(of_queries)[(_blocks(problem.queries, cut.queries) * programs * _blocks(gs.shape[0], cut.targets),)](
+    units = programs * _blocks(gs.shape[0], cut.targets)
+    launch(of_queries)[(_blocks(problem.queries, cut.queries) * units,)](
         q, k, v, gs, lse, delta, problem.mask, found,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_lead(gs), *_lead(found), *problem.mask.stride(),
         programs, problem.heads, problem.group, problem.queries, lse.shape[-1], problem.keys, gs.shape[0],
@@ -270,13 +272,14 @@ def _launch_of_keys(
     if statically_known_true(problem.batch * problem.keys * gs.shape[0] == 0):
         return
     of_k, of_v = (k if x is None else x for x in found)  # what is not asked for is not written
-    cut = problem.tiles("frozen" if found[0] is None else "of_keys", gs.shape[0])
+    cut = problem.tiles("frozen" if found[0] is None else "of_keys", gs.shape[0], score_epsilon)
     programs, scoring = problem.batch * k.shape[1], problem.scoring
-    launch(of_keys)[(_blocks(problem.keys, cut.keys) * programs * _blocks(gs.shape[0], cut.targets),)](
+    units = programs * _blocks(gs.shape[0], cut.targets)
+    launch(of_keys)[(_blocks(problem.keys, cut.keys) * units,)](
         q, k, v, gs, lse, delta, problem.mask, of_k, of_v,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_lead(gs), *_lead(of_k), *_lead(of_v),
-        *problem.mask.stride(), programs, k.shape[1], problem.queries, lse.shape[-1], problem.keys, gs.shape[0],
-        scoring.offset, scoring.window or 0, *problem.factors, score_epsilon,
+        *problem.mask.stride(), programs, k.shape[1], problem.queries, lse.shape[-1], problem.keys,
+        gs.shape[0], scoring.offset, scoring.window or 0, *problem.factors, score_epsilon,
         shares[0] * scoring.scale, shares[1],
         **problem.constants(), GROUP=problem.group, QUERIES=cut.queries, KEYS=cut.keys, TARGETS=cut.targets,
         OF_K=found[0] is not None, OF_V=found[1] is not None, DAMP=bool(score_epsilon),

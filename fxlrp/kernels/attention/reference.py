@@ -47,7 +47,7 @@ def relevance(
     g, o = _wide(g), _wide(out)
     if epsilon:
         g = g * _sigma(o, epsilon)
-    found = [q.new_empty(0)] * 3
+    found = [q.new_empty(0) for _ in shares]
     if shares[2]:
         found[2] = _summed(weights.mT @ g, k) * shares[2]
     if shares[0] or shares[1]:
@@ -87,7 +87,8 @@ class _Scores:
     @staticmethod
     def of(q: Tensor, k: Tensor, mask: Tensor | None, scoring: Scoring) -> _Scores:
         raw = _wide(q) @ _repeated(_wide(k), q).mT
-        s, slope = raw * scoring.scale, 1.0
+        s = raw * scoring.scale
+        slope: Tensor | float = 1.0
         if scoring.soft_cap is not None:
             x = s / scoring.soft_cap
             capped = torch.tanh(x)

@@ -1,10 +1,13 @@
 """The relevance kernels: what is summed over the head size, over queries, and over keys.
 
 Logarithms lse come in base 2, and as inf for masked rows; they and delta hold ``spaced`` rows for each head,
-as many as fill tiles, inf and 0 behind the last query. With probabilities P computed from them, ``W = P t`` (t: slopes of cap and stabiliser) and coefficients G of C
-targets, which share P and W:  ``dS = W (G v^T - delta)``, over keys ``G_q = dS k``, over queries
-``G_k = dS^T q`` and ``G_v = P^T G``. Tuples hold one accumulator for each target.
+as many as fill tiles, inf and 0 behind the last query. With probabilities P computed from them, ``W = P t``
+(t: slopes of cap and stabiliser) and coefficients G of C targets, which share P and W:
+``dS = W (G v^T - delta)``, over keys ``G_q = dS k``, over queries ``G_k = dS^T q`` and ``G_v = P^T G``.
+Tuples hold one accumulator for each target; Triton knows no unpacking in them.
 """
+# mypy: ignore-errors
+# ruff: noqa: RUF005
 
 import triton
 import triton.language as tl
@@ -124,7 +127,8 @@ def of_keys(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, of_k_ptr, 
             D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, GROUP: tl.constexpr,
             QUERIES: tl.constexpr, KEYS: tl.constexpr, TARGETS: tl.constexpr, OF_K: tl.constexpr,
             OF_V: tl.constexpr, MASK: tl.constexpr, PER_KEY: tl.constexpr, CAUSAL: tl.constexpr,
-            WINDOW: tl.constexpr, CAP: tl.constexpr, DAMP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+            WINDOW: tl.constexpr, CAP: tl.constexpr, DAMP: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
     """``G_k = factor_k dS^T q`` and ``G_v = factor_v P^T G`` of a block of keys of one head, for ``TARGETS``
     targets, summed over the ``GROUP`` query heads that the keys serve.
     """
@@ -144,7 +148,7 @@ def of_keys(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, of_k_ptr, 
         v = load_rows(v_base, column, v_n, keys, KEYS, E, EP)
     of_k = ()
     of_v = ()
-    for i in tl.static_range(TARGETS):
+    for _ in tl.static_range(TARGETS):
         if OF_K:
             of_k = of_k + (tl.zeros((KEYS, DP), tl.float32),)
         if OF_V:
@@ -172,7 +176,7 @@ def of_keys(q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, delta_ptr, mask_ptr, of_k_ptr, 
             raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             scores = masked(scored(raw, inner, outer, CAP), mask, m_q, m_k, block, column, rows, columns,
                             queries, keys, MASK, PER_KEY)  # fmt: skip
-            if CAUSAL or WINDOW:
+            if CAUSAL or WINDOW:  # noqa: SIM102  # the first is a constant
                 if (block < full) | (block >= edge):
                     scores = seen(scores, block, column, rows, columns, keys, offset, window, CAUSAL, WINDOW)
             weights = tl.exp2(scores - tl.load(lse + block + tl.arange(0, QUERIES))[None, :])

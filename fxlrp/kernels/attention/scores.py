@@ -1,7 +1,9 @@
 """Triton code that attention's kernels share: tiles, scores in base 2, masks, and which blocks are seen.
 
-Names: rows are queries, columns keys, as a tile's rows and columns or the other way round. Scores are multiplied with log2(e), so that probabilities are powers of 2.
+Rows are queries, columns keys, as a tile's rows and columns or the other way round. Scores are multiplied
+with log2(e), so that probabilities are powers of 2.
 """
+# mypy: ignore-errors
 
 import triton
 import triton.language as tl
@@ -33,7 +35,9 @@ def load_rows(base, start, stride, count, SIZE: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def store_rows(base, start, stride, count, tile, SIZE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+def store_rows(
+    base, start, stride, count, tile, SIZE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Write those rows and columns that exist."""
     pointers = base + wide(start) * stride + places_in(stride, SIZE, COLUMNS)
     inside = ((start + tl.arange(0, SIZE))[:, None] < count) & (tl.arange(0, COLUMNS)[None, :] < WIDTH)
@@ -46,18 +50,16 @@ def tanh(x):
     t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     far = (1.0 - t) / (1.0 + t)
     square = x * x
-    near = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
-    return tl.where(tl.abs(x) < 0.125, near, tl.where(x < 0.0, -far, far))
+    near = 62.0 / 2835.0 + square * (-1382.0 / 155925.0 + square * (21844.0 / 6081075.0))
+    near = -1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * near))
+    near = x * (1.0 + square * near)
+    return tl.where(tl.abs(x) < 0.4375, near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit
 def scored(raw, inner, outer, CAP: tl.constexpr):
     """Scores in base 2: ``raw inner``, or ``outer tanh(raw inner)``."""
-    if CAP == "none":
-        scores = raw * inner
-    else:
-        scores = tanh(raw * inner) * outer
-    return scores
+    return raw * inner if CAP == "none" else tanh(raw * inner) * outer
 
 
 @triton.jit
@@ -98,7 +100,9 @@ def masked(scores, mask_ptr, row_stride, column_stride, row, column, rows, colum
 
 
 @triton.jit
-def seen(scores, row, column, rows, columns, keys, offset, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+def seen(
+    scores, row, column, rows, columns, keys, offset, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
+):
     """Scores with -inf at keys that are not there, behind a query's place, or out of its window."""
     ahead = (column + columns) - (row + rows + offset)
     kept = columns < keys - column
@@ -113,9 +117,9 @@ def seen(scores, row, column, rows, columns, keys, offset, window, CAUSAL: tl.co
 def span(first, last, count, below, above, LOWER: tl.constexpr, UPPER: tl.constexpr, BLOCK: tl.constexpr):
     """Which of ``count`` places lie from ``f - below`` to ``f + above`` for f from first to last, in blocks.
 
-    Returns start, inner, outer, stop: blocks from start to stop hold all that do, and from inner to outer they
-    are whole and lie there for every f. Without ``LOWER`` both begin at 0, without ``UPPER`` only the count
-    bounds.
+    Returns start, inner, outer, stop: blocks from start to stop hold all that do, and from inner to outer
+    they are whole and lie there for every f. Without ``LOWER`` both begin at 0, without ``UPPER`` only the
+    count bounds.
     """
     start = 0
     inner = 0

@@ -11,10 +11,10 @@ MASKED = -1e29
 
 @dataclass(frozen=True)
 class Scoring:
-    """From raw scores ``r = q k^T`` to ``s = c tanh(r scale / c)``, or ``r scale`` without a cap c, plus masks.
+    """From raw scores ``r = q k^T`` to ``s = c tanh(r scale / c)``, ``r scale`` without a cap c; plus masks.
 
-    The query in row i stands at place ``p = i + offset`` of the keys. With ``causal`` it sees keys j <= p, with
-    a window of w those with ``|p - j| < w``.
+    The query in row i stands at place ``p = i + offset`` of the keys. With ``causal`` it sees keys j <= p,
+    with a window of w those with ``|p - j| < w``.
 
     Attributes:
         scale: of the raw scores.
@@ -22,7 +22,7 @@ class Scoring:
         offset: the place of the first query; ``keys - queries`` aligns the last query with the last key.
         window: how many keys to one side are seen, the query's own place counted in; None for all.
         soft_cap: bound of the scaled scores; None for none.
-        cap_gradient: whether relevance passes a cap by its derivative ``1 - tanh^2(x)`` at ``x = r scale / c``,
+        cap_gradient: whether relevance passes a cap by its derivative ``1 - tanh^2(x)``, ``x = r scale / c``,
             and not by the identity rule's ``tanh(x) / x``.
     """
 

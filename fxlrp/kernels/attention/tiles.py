@@ -1,12 +1,11 @@
-"""Tile sizes by kernel, kind of device, width of the elements and head size: static facts, no tuning at run time.
+"""Tile sizes by kernel, kind of device, width of elements and head size: static facts, no tuning at run time.
 
 The tables are made for no spilled registers and shared memory within the device's; unmeasured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,115 +31,196 @@ class Tiles:
     targets: int = 1
 
 
-#: What tables are looked up by: a kind of device and the bytes of an element.
-Kind = tuple[str, int]
-#: Largest padded head size -> tiles, for one kernel.
-Table = dict[int, Tiles]
+@dataclass(frozen=True)
+class Row:
+    """The tiles of a kernel for heads up to some size.
 
-KERNELS = ("forward", "of_queries", "of_keys", "frozen")
+    Attributes:
+        one: for one coefficient.
+        laden: with a window, a soft cap, a stabiliser of scores or a mask that differs between queries.
+        many: for several coefficients; those of one where there are no registers for more.
+    """
+
+    one: Tiles
+    laden: Tiles
+    many: Tiles | None = None
+
+
+#: Largest padded head size -> tiles, for one kernel.
+Table = dict[int, Row]
+
 #: Where each kind of device is compiled for.
 TARGETS: dict[str, tuple[str, ...]] = {
     "ampere": ("sm_80",),
-    "hopper": ("sm_90", "sm_100"),
+    "hopper": ("sm_90",),
+    "blackwell": ("sm_100",),
     "cdna": ("gfx942",),
 }
+KERNELS = ("forward", "of_queries", "of_keys", "frozen")
+#: Up to this head size one kernel computes both keys' and values' coefficients; above, one each.
+TOGETHER = 128
 
+#: By kernel, kind of device and bytes of an element.
 TABLES: dict[tuple[str, str, int], Table] = {
-    ("forward", "ampere", 2): {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
-    ("forward", "hopper", 2): {64: Tiles(128, 128, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)},
-    ("forward", "cdna", 2): {64: Tiles(128, 64, 4, 2), 128: Tiles(128, 32, 4, 2), 256: Tiles(64, 32, 4, 1)},
+    ("forward", "ampere", 2): {
+        64: Row(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),
+        128: Row(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2)),
+        256: Row(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
+    },
     ("of_queries", "ampere", 2): {
-        64: Tiles(64, 64, 8, 2, 4),
-        128: Tiles(64, 64, 8, 2, 2),
-        256: Tiles(64, 32, 8, 1, 1),
-    },
-    ("of_queries", "hopper", 2): {
-        64: Tiles(64, 64, 4, 3, 4),
-        128: Tiles(64, 64, 8, 2, 4),
-        256: Tiles(64, 64, 8, 2, 1),
-    },
-    ("of_queries", "cdna", 2): {
-        64: Tiles(64, 32, 4, 1, 4),
-        128: Tiles(64, 32, 4, 1, 1),
-        256: Tiles(32, 32, 4, 1, 1),
+        64: Row(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2, 2)),
+        128: Row(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2, 2)),
+        256: Row(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
     },
     ("of_keys", "ampere", 2): {
-        64: Tiles(64, 64, 8, 2, 2),
-        128: Tiles(32, 64, 8, 2, 1),
-        256: Tiles(32, 64, 8, 1, 1),
-    },
-    ("of_keys", "hopper", 2): {
-        64: Tiles(64, 64, 4, 3, 4),
-        128: Tiles(64, 64, 8, 2, 2),
-        256: Tiles(32, 64, 8, 2, 1),
-    },
-    ("of_keys", "cdna", 2): {
-        64: Tiles(32, 64, 4, 1, 2),
-        128: Tiles(32, 64, 4, 1, 1),
-        256: Tiles(16, 32, 4, 1, 1),
+        64: Row(Tiles(32, 64, 8, 2), Tiles(32, 64, 8, 2)),
+        128: Row(Tiles(32, 64, 8, 2), Tiles(32, 64, 8, 2)),
+        256: Row(Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
     },
     ("frozen", "ampere", 2): {
-        64: Tiles(64, 64, 4, 2, 4),
-        128: Tiles(64, 64, 8, 2, 2),
-        256: Tiles(32, 64, 8, 2, 1),
+        64: Row(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2, 2)),
+        128: Row(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2, 2)),
+        256: Row(Tiles(32, 64, 8, 2), Tiles(32, 64, 8, 2)),
     },
-    ("frozen", "hopper", 2): {
-        64: Tiles(64, 128, 8, 3, 4),
-        128: Tiles(64, 128, 8, 3, 2),
-        256: Tiles(32, 64, 8, 2, 2),
+    ("forward", "ampere", 4): {
+        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
-    ("frozen", "cdna", 2): {
-        64: Tiles(32, 64, 4, 1, 4),
-        128: Tiles(32, 64, 4, 1, 2),
-        256: Tiles(16, 32, 4, 1, 1),
-    },
-    ("forward", "ampere", 4): {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 8, 1), 256: Tiles(32, 16, 8, 1)},
-    ("forward", "hopper", 4): {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 32, 8, 1)},
-    ("forward", "cdna", 4): {64: Tiles(64, 32, 4, 1), 128: Tiles(32, 32, 4, 1), 256: Tiles(16, 16, 4, 1)},
     ("of_queries", "ampere", 4): {
-        64: Tiles(32, 32, 4, 1, 1),
-        128: Tiles(32, 32, 8, 1, 1),
-        256: Tiles(16, 16, 8, 1, 1),
-    },
-    ("of_queries", "hopper", 4): {
-        64: Tiles(32, 32, 4, 1, 1),
-        128: Tiles(32, 32, 8, 1, 1),
-        256: Tiles(16, 16, 8, 1, 1),
-    },
-    ("of_queries", "cdna", 4): {
-        64: Tiles(32, 32, 4, 1, 1),
-        128: Tiles(16, 16, 4, 1, 1),
-        256: Tiles(16, 16, 4, 1, 1),
+        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("of_keys", "ampere", 4): {
-        64: Tiles(32, 32, 4, 1, 1),
-        128: Tiles(32, 32, 8, 1, 1),
-        256: Tiles(16, 16, 8, 1, 1),
-    },
-    ("of_keys", "hopper", 4): {
-        64: Tiles(32, 32, 4, 1, 1),
-        128: Tiles(32, 32, 8, 1, 1),
-        256: Tiles(16, 16, 8, 1, 1),
-    },
-    ("of_keys", "cdna", 4): {
-        64: Tiles(32, 32, 4, 1, 1),
-        128: Tiles(16, 16, 4, 1, 1),
-        256: Tiles(16, 16, 4, 1, 1),
+        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("frozen", "ampere", 4): {
-        64: Tiles(32, 32, 4, 1, 1),
-        128: Tiles(32, 32, 8, 1, 1),
-        256: Tiles(16, 16, 8, 1, 1),
+        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+    ("forward", "hopper", 2): {
+        64: Row(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3)),
+        128: Row(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2)),
+        256: Row(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2)),
+    },
+    ("of_queries", "hopper", 2): {
+        64: Row(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2, 4)),
+        128: Row(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2, 2)),
+        256: Row(Tiles(128, 32, 8, 1), Tiles(128, 32, 8, 1)),
+    },
+    ("of_keys", "hopper", 2): {
+        64: Row(Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(32, 128, 8, 2, 2)),
+        128: Row(Tiles(32, 128, 8, 2), Tiles(32, 128, 8, 1)),
+        256: Row(Tiles(32, 64, 8, 2), Tiles(16, 32, 8, 1)),
+    },
+    ("frozen", "hopper", 2): {
+        64: Row(Tiles(64, 128, 8, 2), Tiles(64, 128, 8, 2), Tiles(64, 128, 8, 2, 2)),
+        128: Row(Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(32, 128, 8, 2, 2)),
+        256: Row(Tiles(32, 64, 8, 2), Tiles(32, 64, 8, 2)),
+    },
+    ("forward", "hopper", 4): {
+        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+    ("of_queries", "hopper", 4): {
+        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+    ("of_keys", "hopper", 4): {
+        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("frozen", "hopper", 4): {
-        64: Tiles(32, 32, 4, 1, 1),
-        128: Tiles(32, 32, 8, 1, 1),
-        256: Tiles(16, 16, 8, 1, 1),
+        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+    ("forward", "blackwell", 2): {
+        64: Row(Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1)),
+        128: Row(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+    },
+    ("of_queries", "blackwell", 2): {
+        64: Row(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2, 4)),
+        128: Row(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2, 2)),
+        256: Row(Tiles(128, 32, 8, 1), Tiles(64, 32, 8, 2)),
+    },
+    ("of_keys", "blackwell", 2): {
+        64: Row(Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2, 2)),
+        128: Row(Tiles(32, 128, 8, 1), Tiles(32, 128, 8, 1)),
+        256: Row(Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
+    },
+    ("frozen", "blackwell", 2): {
+        64: Row(Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1)),
+        128: Row(Tiles(64, 128, 8, 2), Tiles(32, 64, 8, 1)),
+        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+    },
+    ("forward", "blackwell", 4): {
+        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+    ("of_queries", "blackwell", 4): {
+        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+    ("of_keys", "blackwell", 4): {
+        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+    ("frozen", "blackwell", 4): {
+        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+    ("forward", "cdna", 2): {
+        64: Row(Tiles(128, 64, 8, 1), Tiles(128, 64, 8, 1)),
+        128: Row(Tiles(128, 32, 8, 1), Tiles(64, 32, 8, 1)),
+        256: Row(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    },
+    ("of_queries", "cdna", 2): {
+        64: Row(Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1, 4)),
+        128: Row(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
+        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+    },
+    ("of_keys", "cdna", 2): {
+        64: Row(Tiles(64, 64, 8, 1), Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1, 2)),
+        128: Row(Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
+        256: Row(Tiles(16, 64, 8, 1), Tiles(16, 64, 8, 1)),
+    },
+    ("frozen", "cdna", 2): {
+        64: Row(Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 8, 1, 4)),
+        128: Row(Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(32, 64, 8, 1, 2)),
+        256: Row(Tiles(32, 64, 8, 1), Tiles(16, 64, 8, 1)),
+    },
+    ("forward", "cdna", 4): {
+        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+    ("of_queries", "cdna", 4): {
+        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+    ("of_keys", "cdna", 4): {
+        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("frozen", "cdna", 4): {
-        64: Tiles(32, 32, 4, 1, 1),
-        128: Tiles(16, 16, 4, 1, 1),
-        256: Tiles(16, 16, 4, 1, 1),
+        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
 }
 
@@ -161,19 +241,22 @@ def kind_of(device: torch.device) -> str:
         return "interpreted"
     if torch.version.hip is not None:
         return "cdna"
-    return "hopper" if torch.cuda.get_device_capability(device) >= (9, 0) else "ampere"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "ampere" if major < 9 else "hopper" if major == 9 else "blackwell"
 
 
-def choose(kernel: str, kind: str, dtype: torch.dtype, head_size: int) -> Tiles:
-    """The tiles of a kernel for a head size, the larger of q's and v's."""
+def choose(
+    kernel: str, kind: str, dtype: torch.dtype, head_size: int, targets: int | None, laden: bool
+) -> Tiles:
+    """The tiles of a kernel for a head size, the larger of q's and v's, and a number of coefficients.
+
+    Targets of None are many. No tile has places for twice the targets that there are.
+    """
     if kind == "interpreted":
-        return INTERPRETED
-    table = TABLES[kernel, kind, dtype.itemsize]
-    return next(tiles for size, tiles in table.items() if head_size <= size)
-
-
-def rows() -> Iterator[tuple[str, str, int, int, Tiles]]:
-    """Every row: kernel, kind of device, bytes of an element, largest head size, tiles."""
-    for (kernel, kind, width), table in TABLES.items():
-        for size, tiles in table.items():
-            yield kernel, kind, width, size, tiles
+        chosen = INTERPRETED
+    else:
+        row = next(row for size, row in TABLES[kernel, kind, dtype.itemsize].items() if head_size <= size)
+        chosen = row.laden if laden else row.one if targets == 1 or row.many is None else row.many
+    if targets is None:
+        return chosen
+    return replace(chosen, targets=min(chosen.targets, 1 << max(targets - 1, 0).bit_length()))

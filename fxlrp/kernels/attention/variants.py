@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..launch import Variant
@@ -12,10 +14,12 @@ from .relevance import of_keys, of_queries, prepare
 
 _WIDTHS = {2: ("bf16", "fp16"), 4: ("fp32",)}
 _KERNELS = {"forward": attend, "of_queries": of_queries, "of_keys": of_keys, "frozen": of_keys}
+#: Parameters in float32; all other numbers are integers.
+_NUMBERS = ("inner", "outer", "epsilon", "score_epsilon", "factor", "factor_k", "factor_v")
 _PLAIN = {"MASK": "none", "PER_KEY": True, "CAUSAL": True, "WINDOW": False, "CAP": "none"}
-#: What a call may ask for beside the plain one, which is causal.
-_FEATURES: dict[str, dict[str, Any]] = {
-    "padded": {"CAUSAL": False, "MASK": "keep"},
+_PADDED = {"CAUSAL": False, "MASK": "keep"}
+#: What makes a call laden.
+_LADEN: dict[str, dict[str, Any]] = {
     "biased": {"CAUSAL": False, "MASK": "add", "PER_KEY": False},
     "windowed": {"WINDOW": True},
     "capped": {"CAP": "identity"},
@@ -24,34 +28,47 @@ _FEATURES: dict[str, dict[str, Any]] = {
 
 
 def variants(precisions: Mapping[str, str]) -> Iterator[Variant]:
-    """Each row of the tables in each dtype, plain, for one and for most targets, and with each feature."""
-    for name, kind, width, size, cut in tiles.rows():
-        shapes = {"D": size, "E": size, "DP": size, "EP": size, "QUERIES": cut.queries, "KEYS": cut.keys}
-        common = {**_PLAIN, **shapes, "PRECISION": precisions[kind]}
-        counts = [1 << i for i in range(cut.targets.bit_length())]
-        for dtype in _WIDTHS[width]:
-            for label, features, targets in [
-                *(("plain", {}, count) for count in counts),
-                *((label, given, counts[-1]) for label, given in _FEATURES.items()),
-            ]:
-                constants = {**common, **_own(name, targets), **features}
-                if set(features) <= set(_KERNELS[name].arg_names) and not (name == "frozen" and label == "damped"):
-                    yield _variant(_KERNELS[name], name, label, dtype, size, constants, cut, tiles.TARGETS[kind])
-    for dtype in ("bf16", "fp16", "fp32"):
-        for size in (64, 128, 256):
-            for damp in (False, True):
-                constants = {"E": size, "EP": size, "QUERIES": tiles.PREPARED.queries, "DAMP": damp}
-                label = "damped" if damp else "plain"
-                yield _variant(prepare, "prepare", label, dtype, size, constants, tiles.PREPARED)
+    """Each row of the tables in each dtype: causal and padded, for one and for many targets; laden."""
+    for (name, kind, width), table in tiles.TABLES.items():
+        for size, row in table.items():
+            chosen = [("causal", {}, row.one), ("padded", _PADDED, row.one)]
+            chosen += [(label, given, row.laden) for label, given in _LADEN.items() if _takes(name, given)]
+            if row.many is not None:
+                counts = [1 << i for i in range(1, row.many.targets.bit_length())]
+                chosen += [("causal", {}, replace(row.many, targets=count)) for count in counts]
+            for dtype, (label, given, cut) in itertools.product(_WIDTHS[width], chosen):
+                yield _tiled(name, label, dtype, size, cut, {"PRECISION": precisions[kind], **given}, kind)
+    for dtype, size, damp in itertools.product(("bf16", "fp16", "fp32"), (64, 128, 256), (False, True)):
+        constants = {"E": size, "EP": size, "QUERIES": tiles.PREPARED.queries, "DAMP": damp}
+        label = "damped" if damp else "plain"
+        yield _variant(prepare, "prepare", label, dtype, size, constants, tiles.PREPARED)
 
 
-def _own(name: str, targets: int) -> dict[str, Any]:
+def _takes(name: str, given: Mapping[str, Any]) -> bool:
+    """Whether a kernel has a feature; frozen weights pass no relevance through scores."""
+    return "DAMP" not in given or name in ("of_queries", "of_keys")
+
+
+def _tiled(
+    name: str, label: str, dtype: str, size: int, cut: tiles.Tiles, given: Mapping[str, Any], kind: str
+) -> Variant:
+    sizes = {"D": size, "E": size, "DP": size, "EP": size, "QUERIES": cut.queries, "KEYS": cut.keys}
+    constants = {**_PLAIN, **sizes, **_own(name, cut.targets, size), **given}
+    return _variant(_KERNELS[name], name, label, dtype, size, constants, cut, tiles.TARGETS[kind])
+
+
+def _own(name: str, targets: int, size: int) -> dict[str, Any]:
     """Constants of one kernel alone."""
     if name == "forward":
         return {"SINKS": False}
     if name == "of_queries":
         return {"TARGETS": targets, "DAMP": False}
-    return {"TARGETS": targets, "DAMP": False, "GROUP": 4, "OF_K": name == "of_keys", "OF_V": True}
+    return {"TARGETS": targets, "DAMP": False, "GROUP": 4, **_parts(name, size)}
+
+
+def _parts(name: str, size: int) -> dict[str, bool]:
+    """Which coefficients a launch over keys computes."""
+    return {"OF_K": name == "of_keys", "OF_V": name == "frozen" or size <= tiles.TOGETHER}
 
 
 def _variant(
@@ -67,7 +84,7 @@ def _variant(
     many = f", {constants['TARGETS']} targets" if "TARGETS" in constants else ""
     mask = {"keep": "*u8", "add": "*fp32"}.get(constants.get("MASK", ""), f"*{dtype}")
     kinds = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "mask_ptr": mask}
-    numbers = dict.fromkeys(("inner", "outer", "epsilon", "score_epsilon", "factor", "factor_k", "factor_v"), "fp32")
+    numbers = dict.fromkeys(_NUMBERS, "fp32")
     signature = {
         n: kinds.get(n, f"*{dtype}") if n.endswith("_ptr") else numbers.get(n, "i32")
         for n in kernel.arg_names

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..launch import runs_triton, unavailable
+from ..rows import fits
 from . import reference
 from .reference import ACTIVATIONS
 
@@ -75,7 +76,11 @@ def activation_relevance(coefficient: Tensor, x: Tensor, activation: str) -> Ten
 
     Source: AttnLRP, eq. 9.
     """
-    if runs_triton(coefficient, x) and can_run(activation, coefficient, x)[0]:
+    if (
+        runs_triton(coefficient, x)
+        and can_run(activation, x, coefficient)[0]
+        and fits(coefficient.shape, x.shape)
+    ):
         from . import kernel
 
         return kernel.run_activation_relevance(coefficient, x, activation)
@@ -104,7 +109,7 @@ def gate(a: Tensor, b: Tensor, activation: str) -> Tensor:
 
     Source: Shazeer 2020; AttnLRP, Prop. 3.2 and eq. 9, for the derivative.
     """
-    if runs_triton(a, b) and can_run(activation, a, b)[0]:
+    if runs_triton(a, b) and can_run(activation, a, b)[0] and fits(b.shape, a.shape):
         from . import kernel
 
         return kernel.run_gate(a, b, activation)
@@ -139,7 +144,8 @@ def gate_relevance(
 
     Source: AttnLRP, Prop. 3.2 and eq. 9.
     """
-    if runs_triton(coefficient, a, b) and can_run(activation, coefficient, a, b)[0]:
+    ok = can_run(activation, coefficient, a, b)[0] and a.dim() == b.dim()
+    if runs_triton(coefficient, a, b) and ok and fits(coefficient.shape, a.shape):
         from . import kernel
 
         return kernel.run_gate_relevance(coefficient, a, b, activation, share_a, share_b)
@@ -205,7 +211,8 @@ def packed_gate_relevance(
     Returns:
         ``[..., 2 * columns]``, or with K before it, in G's dtype, contiguous.
     """
-    if runs_triton(coefficient, packed) and can_run(activation, coefficient, packed)[0]:
+    half, _ = reference.halves(packed, gate_first)
+    if runs_triton(coefficient, packed) and can_run(activation, coefficient, half)[0]:
         from . import kernel
 
         return kernel.run_packed_gate_relevance(coefficient, packed, activation, gate_first, share_a, share_b)
@@ -229,6 +236,8 @@ def can_run(activation: str, *tensors: Tensor) -> tuple[bool, str]:
     reason = unavailable(tensors[0].device, *(t.dtype for t in tensors))
     if not reason and activation not in ACTIVATIONS:
         reason = f"no kernel for the activation '{activation}', only for {', '.join(ACTIVATIONS)}"
+    if not reason and not all(fits(t.shape, min(tensors, key=Tensor.dim).shape) for t in tensors):
+        reason = f"no kernel for shapes that differ: {', '.join(str(tuple(t.shape)) for t in tensors)}"
     return not reason, reason
 
 

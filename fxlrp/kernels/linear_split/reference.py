@@ -27,7 +27,8 @@ def factors(
         (gamma,) = strengths
         weight = gamma / (2 + gamma)
         floor = max(2 * epsilon / (2 + gamma), torch.finfo(z.dtype).tiny)
-        fraction = z / (torch.add(z.abs(), size, alpha=weight) + floor)
+        # Not add(..., alpha=l): Inductor makes addmm of it with the product before, and loses alpha (2.13).
+        fraction = z / (z.abs() + weight * size + floor)
         return fraction.abs(), fraction, weight
     alpha, beta = strengths
     positive = _share(alpha * z, size + z, rounding * size, epsilon)

@@ -114,7 +114,10 @@ def hint(shape: Sequence[int]) -> int:
 def _hint(size: Any) -> int:
     if not isinstance(size, torch.SymInt):
         return int(size)
-    known = size.node.shape_env.size_hint(size.node.expr, allow_none=True)
+    shapes, expression = size.node.shape_env, size.node.expr
+    if hasattr(shapes, "optimization_hint"):
+        return int(shapes.optimization_hint(expression, fallback=_UNKNOWN))
+    known = shapes.size_hint(expression, allow_none=True)  # torch's older name of it
     return _UNKNOWN if known is None else int(known)
 
 

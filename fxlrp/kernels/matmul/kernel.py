@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +16,7 @@ _BLOCK = 1024
 
 
 def add_parts(parts: Tensor, out: Tensor, other: Tensor | None = None) -> None:
-    """Write sums over the first dimension, in order: of ``parts[:, 0]`` to `out`, of ``parts[:, 1]`` to `other`."""
+    """Write ``parts[:, 0].sum(0)`` to `out` and ``parts[:, 1].sum(0)`` to `other`, summed up in order."""
     n, outs = out.numel(), 1 if other is None else 2
     launch(sum_parts)[(-(-n // _BLOCK), outs)](
         parts, out, out if other is None else other, n, PARTS=parts.shape[0], OUTS=outs, BLOCK=_BLOCK

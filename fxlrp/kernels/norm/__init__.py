@@ -3,10 +3,10 @@
 Predicted on an H200, unmeasured: all are bound by memory. The norm moves 2 tensors (x in, y out), with the
 residual sum 4 (x, residual in; h, y out), the relevance 2 (G in, coefficient out), 3 with an added
 coefficient, for K coefficients K times that. The weight comes from the caches. Of the statistics one float
-a row is kept, 1/std: no relevance needs the mean. Rows of up to 32 KiB (16,384 columns in half precision)
-are read once; longer ones once more for the squares of the norm and for each mean, then from the L2 cache.
-At 4.3 TB/s of copy bandwidth, 16,384 rows of 4096 columns in bfloat16 with the residual sum (537 MB) take
-125 us, at the 85 % aimed at 147 us. Work is about 10 operations an element, a tenth of what the time of the
+a row is kept, 1/std: no relevance needs the mean. Rows of up to 16 KiB (8192 columns in half precision) are
+read once; longer ones once more for the squares of the norm and for each mean, then from the L2 cache. At
+4.3 TB/s of copy bandwidth, 16,384 rows of 4096 columns in bfloat16 with the residual sum (537 MB) take 125
+us, at the 85 % aimed at 147 us. Work is about 10 operations an element, a tenth of what the time of the
 traffic allows.
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..launch import runs_triton, unavailable
+from ..rows import alike, fits
 from . import reference
 
 __all__ = ["add_norm", "can_run", "norm", "norm_relevance"]
@@ -51,7 +52,7 @@ def norm(
 
     Source: Zhang and Sennrich 2019; Ba et al. 2016. Ali et al. 2022, eq. 13, for the derivative.
     """
-    if runs_triton(x) and can_run(x, weight, bias)[0]:
+    if runs_triton(x) and can_run(x, weight, bias)[0] and _are_of_columns(x, weight, bias):
         from . import kernel
 
         y, _, rstd = kernel.run_norm(x, None, weight, bias, eps, offset, centred)
@@ -96,7 +97,8 @@ def add_norm(
     Returns:
         y and h in the dtype of the sum, rstd ``[..., 1]`` in float32 (float64 for float64); contiguous.
     """
-    if runs_triton(x, residual) and can_run(x, residual, weight, bias)[0]:
+    ok = can_run(x, residual, weight, bias)[0] and alike(x.shape, residual.shape)
+    if runs_triton(x, residual) and ok and _are_of_columns(x, weight, bias):
         from . import kernel
 
         return kernel.run_norm(x, residual, weight, bias, eps, offset, centred)
@@ -147,7 +149,10 @@ def norm_relevance(
 
     Source: Ali et al. 2022, eq. 13 (LN-rule); AttnLRP, Prop. 3.4.
     """
-    if runs_triton(coefficient, rstd) and can_run(coefficient, rstd, weight, added)[0]:
+    ok = can_run(coefficient, rstd, weight, added)[0] and _are_of_columns(coefficient, weight)
+    ok = ok and (added is None or alike(coefficient.shape, added.shape))
+    ok = ok and fits((*coefficient.shape[:-1], 1), rstd.shape)
+    if runs_triton(coefficient, rstd) and ok:
         from . import kernel
 
         return kernel.run_relevance(coefficient, rstd, weight, added, share, offset, centred)
@@ -172,6 +177,10 @@ def can_run(x: Tensor, *others: Tensor | None) -> tuple[bool, str]:
     if not reason and x.dim() == 0:
         reason = "a number has no last dimension"
     return not reason, reason
+
+
+def _are_of_columns(x: Tensor, *vectors: Tensor | None) -> bool:
+    return all(v is None or alike(x.shape[-1:], v.shape) for v in vectors)
 
 
 def _statistic(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,12 +19,9 @@ from torch import Tensor
 from ..launch import DTYPES, Variant, launch
 from ..rows import Tile, Tiles, as_k_rows, as_rows
 
-TILES = Tiles(widest=32768, per_thread=64, looped=8192)
+TILES = Tiles(widest=16384, per_thread=32, looped=8192)
 #: By whether the mean is taken away; if not, nothing is summed along a row, so that loops read it once too.
-RELEVANCE_TILES = {
-    True: Tiles(widest=32768, per_thread=32, looped=8192),
-    False: Tiles(widest=8192, per_thread=32, looped=8192),
-}
+RELEVANCE_TILES = {True: TILES, False: Tiles(widest=8192, per_thread=32, looped=8192)}
 #: Tiles of a loop that are under way or in use at a time.
 _STAGES = tl.constexpr(2)
 

@@ -5,11 +5,10 @@ probabilities out) and the mask as far as it is not broadcast; the relevance 3 (
 coefficient out), for K coefficients 1 + 2K. A row is read once where it fits the registers of one program
 (32 KiB of scores, 16 KiB of the relevance's tensors: 16,384 and 8,192 columns in half precision); of longer
 ones the first tile is read once and the rest twice, the second time from the L2 cache as long as the rows
-under way fit it, two or three on a multiprocessor: up to about 50,000 columns for the softmax in half
-precision, 25,000 for the relevance. Beyond, they move 3 and 5 tensors. At 4.3 TB/s of copy bandwidth, 64 Mi
-scores in bfloat16 (268 MB) take 62 us, at the 85 % aimed at 73 us; their relevance (403 MB) 94 and 110 us.
-Work is 1 to 3 exponentials and about 5 operations an element, below half of what the time of the traffic
-allows.
+under way fit it: up to about 65,000 columns in half precision. Beyond, they move 3 and 5K tensors. At 4.3
+TB/s of copy bandwidth, 64 Mi scores in bfloat16 (268 MB) take 62 us, at the 85 % aimed at 73 us; their
+relevance (403 MB) 94 and 110 us. Work is 1 to 3 exponentials and about 5 operations an element, below half
+of what the time of the traffic allows.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..launch import runs_triton, unavailable
+from ..rows import fits
 from . import reference
 
 __all__ = ["can_run", "softmax", "softmax_relevance"]
@@ -75,7 +75,8 @@ def softmax_relevance(coefficient: Tensor, probabilities: Tensor, scale: float =
 
     Source: AttnLRP, Prop. 3.1; Bach et al. 2015 call the sum the bias of the Taylor step.
     """
-    if runs_triton(coefficient, probabilities) and can_run(coefficient, probabilities)[0]:
+    ok, _ = can_run(probabilities, coefficient)
+    if runs_triton(coefficient, probabilities) and ok and fits(coefficient.shape, probabilities.shape):
         from . import kernel
 
         return kernel.run_relevance(coefficient, probabilities, scale)

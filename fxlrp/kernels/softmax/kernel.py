@@ -21,8 +21,8 @@ from torch import Tensor
 from ..launch import DTYPES, Variant, launch
 from ..rows import Tile, Tiles, as_k_rows, as_rows
 
-TILES = Tiles(widest=32768, per_thread=64, looped=8192)
-RELEVANCE_TILES = Tiles(widest=16384, per_thread=32, looped=8192)
+TILES = Tiles(widest=32768, per_thread=32, looped=8192)
+RELEVANCE_TILES = Tiles(widest=16384, per_thread=32, looped=16384)
 #: Tiles of a loop that are under way or in use at a time.
 _STAGES = tl.constexpr(3)
 

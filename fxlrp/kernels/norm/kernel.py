@@ -118,9 +118,12 @@ def _norm_kernel(
 
 
 @triton.jit
-def _weighted(coefficient, factor, at, inside):
-    """``factor * G`` of a tile; 0 outside."""
-    return tl.load(coefficient + at, mask=inside, other=0.0).to(tl.float32) * factor
+def _weighted(coefficient, weight, at, inside, columns, offset):
+    """``(offset + w) * G`` of a tile; 0 outside."""
+    value = tl.load(coefficient + at, mask=inside, other=0.0).to(tl.float32)
+    if weight is not None:  # read again for each coefficient: kept, it costs registers
+        value *= _factor(weight, at, columns, offset)
+    return value
 
 
 @triton.jit
@@ -161,12 +164,9 @@ def _relevance_kernel(
     out += row.to(tl.int64) * columns
     inside = is_row & (at < columns)
     scale = tl.load(rstd + row, mask=is_row, other=0.0).to(tl.float32) * share
-    factor = 1.0
-    if weight is not None:
-        factor = _factor(weight, at, columns, offset)
     for _ in range(count):
         if not LOOPS:
-            value = _weighted(coefficient, factor, at, inside)
+            value = _weighted(coefficient, weight, at, inside, columns, offset)
             if CENTRED:
                 value -= (tl.sum(value, 1) / columns)[:, None]
             _store_relevance(out, added, value * scale, at, inside)
@@ -175,15 +175,12 @@ def _relevance_kernel(
             if CENTRED:
                 lanes = tl.zeros((ROWS, COLUMNS), tl.float32)
                 for start in tl.range(0, columns, COLUMNS, num_stages=_STAGES):
-                    if weight is not None:
-                        factor = _factor(weight, start + at, columns, offset)
-                    lanes += _weighted(coefficient, factor, start + at, is_row & (start + at < columns))
+                    there = is_row & (start + at < columns)
+                    lanes += _weighted(coefficient, weight, start + at, there, columns, offset)
                 mean = (tl.sum(lanes, 1) / columns)[:, None]
             for start in tl.range(0, columns, COLUMNS, num_stages=_STAGES):
                 there = is_row & (start + at < columns)
-                if weight is not None:
-                    factor = _factor(weight, start + at, columns, offset)
-                value = _weighted(coefficient, factor, start + at, there) - mean
+                value = _weighted(coefficient, weight, start + at, there, columns, offset) - mean
                 _store_relevance(out, added, value * scale, start + at, there)
         coefficient += coefficient_k
         if added is not None:

@@ -73,7 +73,7 @@ def frozen_relevance(
 
 def heads_inside(x: Tensor) -> Tensor:
     """The same with each position's heads side by side in memory, as projections want them."""
-    return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+    return x.transpose(-3, -2).clone(memory_format=torch.contiguous_format).transpose(-3, -2)
 
 
 @dataclass(frozen=True, eq=False)

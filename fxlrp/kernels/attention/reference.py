@@ -47,7 +47,7 @@ def relevance(
     g, o = _wide(g), _wide(out)
     if epsilon:
         g = g * _sigma(o, epsilon)
-    found = [q.new_empty(0) for _ in shares]
+    found = [q.new_zeros(0) for _ in shares]
     if shares[2]:
         found[2] = _summed(weights.mT @ g, k) * shares[2]
     if shares[0] or shares[1]:

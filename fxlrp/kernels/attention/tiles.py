@@ -178,7 +178,7 @@ TABLES: dict[tuple[str, str, int], Table] = {
     ("of_queries", "cdna", 2): {
         64: Row(Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1, 4)),
         128: Row(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
-        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("of_keys", "cdna", 2): {
         64: Row(Tiles(64, 64, 8, 1), Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1, 2)),

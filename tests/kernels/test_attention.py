@@ -365,7 +365,7 @@ def test_ops_compile_whole():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"size": 300}, "1 to 256"),
+        ({"size": 300}, "1 to 128"),
         ({"heads": 3, "kv_heads": 2}, "no multiple"),
         ({"dtype": torch.float64}, "float64"),
     ],
@@ -417,7 +417,7 @@ def test_tables_have_tiles_for_every_head():
     for kernel in tiles.KERNELS:
         for kind in tiles.TARGETS:
             for dtype in DTYPES:
-                for size in (1, 32, 64, 80, 128, 192, 256):
+                for size in (1, 32, 64, 80, 128, 192, 256)[: 7 if dtype.itemsize == 2 else 5]:
                     for laden in (False, True):
                         for targets in (1, 8):
                             cut = tiles.choose(kernel, kind, dtype, size, targets, laden)

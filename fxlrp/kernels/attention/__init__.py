@@ -37,8 +37,8 @@ from .. import launch
 from . import reference
 from .scoring import Scoring
 
-#: The largest head size; sizes between powers of two are padded inside.
-LARGEST_HEAD = 256
+#: The largest head size by bytes of an element: float32 fits no registers above. Others are padded inside.
+LARGEST_HEAD = {2: 256, 4: 128}
 
 
 @triton_op("fxlrp::attention_forward", mutates_args={})
@@ -108,7 +108,7 @@ def attention_relevance(
     """
     scoring = Scoring.of(q.shape[-1], scale, causal, offset, window, soft_cap, cap_gradient)
     share_q, share_k, share_v = shares
-    if _runs(q, k, v, out, lse, g):
+    if _runs(q, k, v, out, g):
         from . import kernel
 
         return kernel.relevance(
@@ -137,7 +137,7 @@ def attention_frozen_relevance(
     Source: Ali et al. 2022 (AH-rule); CP-LRP in AttnLRP, section 2.
     """
     scoring = Scoring.of(q.shape[-1], scale, causal, offset, window, soft_cap)
-    if _runs(q, k, lse, g):
+    if _runs(q, k, g):
         from . import kernel
 
         return kernel.frozen_relevance(q, k, lse, g, mask, scoring)
@@ -145,8 +145,9 @@ def attention_frozen_relevance(
 
 
 def _runs(*tensors: Tensor) -> bool:
-    """Whether kernels run; on float64 the reference does."""
-    return launch.runs_triton(*tensors) and tensors[0].dtype in launch.DTYPES
+    """Whether kernels run; on float64, and on heads that no tiles fit, the reference does."""
+    largest = LARGEST_HEAD.get(tensors[0].dtype.itemsize, 0)
+    return launch.runs_triton(*tensors) and max(tensors[0].shape[-1], tensors[-1].shape[-1]) <= largest
 
 
 def _like(x: Tensor, *shape: Any) -> Tensor:
@@ -229,8 +230,8 @@ def _unfit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor |
     sizes = (q.shape[-1], v.shape[-1], q.shape[1], k.shape[1])
     if not all(isinstance(size, int) for size in sizes):
         return "head sizes and numbers of heads must be static"
-    if max(sizes[:2]) > LARGEST_HEAD or min(sizes) < 1:
-        return f"head sizes must be 1 to {LARGEST_HEAD}, not {sizes[0]} and {sizes[1]}"
+    if max(sizes[:2]) > LARGEST_HEAD[q.dtype.itemsize] or min(sizes) < 1:
+        return f"head sizes must be 1 to {LARGEST_HEAD[q.dtype.itemsize]}, not {sizes[0]} and {sizes[1]}"
     if sizes[2] % sizes[3]:
         return f"{sizes[2]} query heads are no multiple of {sizes[3]} key heads"
     pairs = [(q.shape[0], k.shape[0]), (q.shape[0], v.shape[0]), (k.shape[1], v.shape[1])]

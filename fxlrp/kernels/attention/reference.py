@@ -47,7 +47,7 @@ def relevance(
     g, o = _wide(g), _wide(out)
     if epsilon:
         g = g * _sigma(o, epsilon)
-    found = [q.new_empty(0) for _ in shares]
+    found = [q.new_zeros(0) for _ in shares]
     if shares[2]:
         found[2] = _summed(weights.mT @ g, k) * shares[2]
     if shares[0] or shares[1]:
@@ -73,7 +73,7 @@ def frozen_relevance(
 
 def heads_inside(x: Tensor) -> Tensor:
     """The same with each position's heads side by side in memory, as projections want them."""
-    return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+    return x.transpose(-3, -2).clone(memory_format=torch.contiguous_format).transpose(-3, -2)
 
 
 @dataclass(frozen=True, eq=False)

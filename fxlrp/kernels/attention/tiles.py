@@ -85,22 +85,18 @@ TABLES: dict[tuple[str, str, int], Table] = {
     ("forward", "ampere", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
         128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("of_queries", "ampere", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
         128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("of_keys", "ampere", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
         128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("frozen", "ampere", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
         128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("forward", "hopper", 2): {
         64: Row(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3)),
@@ -125,22 +121,18 @@ TABLES: dict[tuple[str, str, int], Table] = {
     ("forward", "hopper", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
         128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("of_queries", "hopper", 4): {
-        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        64: Row(Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1)),
         128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("of_keys", "hopper", 4): {
-        64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+        64: Row(Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1)),
         128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("frozen", "hopper", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
         128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("forward", "blackwell", 2): {
         64: Row(Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1)),
@@ -158,29 +150,25 @@ TABLES: dict[tuple[str, str, int], Table] = {
         256: Row(Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
     },
     ("frozen", "blackwell", 2): {
-        64: Row(Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1)),
-        128: Row(Tiles(64, 128, 8, 2), Tiles(32, 64, 8, 1)),
+        64: Row(Tiles(64, 128, 8, 2), Tiles(32, 64, 4, 1)),
+        128: Row(Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2)),
         256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
     },
     ("forward", "blackwell", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
         128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("of_queries", "blackwell", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
         128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("of_keys", "blackwell", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
         128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("frozen", "blackwell", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
         128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("forward", "cdna", 2): {
         64: Row(Tiles(128, 64, 8, 1), Tiles(128, 64, 8, 1)),
@@ -190,7 +178,7 @@ TABLES: dict[tuple[str, str, int], Table] = {
     ("of_queries", "cdna", 2): {
         64: Row(Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1, 4)),
         128: Row(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
-        256: Row(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("of_keys", "cdna", 2): {
         64: Row(Tiles(64, 64, 8, 1), Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1, 2)),
@@ -205,22 +193,18 @@ TABLES: dict[tuple[str, str, int], Table] = {
     ("forward", "cdna", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
         128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("of_queries", "cdna", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
         128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("of_keys", "cdna", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
         128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
     ("frozen", "cdna", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
         128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },
 }
 

@@ -11,12 +11,13 @@ from ..rules import Composite, preset
 from .activity import explained, refuse_missing
 from .assign import assign
 from .canonicalize import Canonical
-from .demand import demanded, only_outputs, only_rows
+from .demand import only_outputs, only_rows
 from .graphs import outputs
 from .plan import Plan
 from .positions import PositionLeaf, with_position_leaves
 from .rewrite import rewrite
 from .seed import Seed
+from .slicing import demanded
 from .transpose import Relevance, transpose
 from .verify import verify_relevance, verify_rules
 

@@ -121,9 +121,9 @@ class _Demand:
             return
         where = places(node, dim)
         samples = (places(node, 0) or {}) if choice.is_per_sample else {}
-        if where is None or any(samples.get(i, 0) != 0 or at == 0 for i, at in where.items() if samples):
+        if where is None or (choice.is_per_sample and not samples):
             return
-        if choice.is_per_sample and not samples:
+        if any(i in samples and (samples[i] != 0 or at == 0) for i, at in where.items()):
             return
         mark = self.mark(node, found, where)
         for x in choice.nodes:
@@ -230,7 +230,8 @@ class _Demand:
         in_place = len(old) == len(new) and all(map(same, old[:-1], new[:-1])) and dim < len(old) - 1
         if not in_place or not same(old[-1], value(rows).shape[-1]) or (choice.is_per_sample and dim == 0):
             return False
-        if (bias is not None and value(bias).dim() > 1) or arg(product, first + 1) in self.computed:
+        shared = self.computed.intersection((bias, arg(product, first + 1)))
+        if (bias is not None and value(bias).dim() > 1) or (shared and choice.mark is not None):
             return False
         mark = self.mark(node, found, {0: dim})
         for needed in choice.nodes:
@@ -238,7 +239,7 @@ class _Demand:
         with self.graph.inserting_before(product):
             inner = replace(choice, mark=CHOICE if mark == ROW else None)
             chosen = self.chosen(x, dim, inner, None)
-            flat = called(self.mode, self.graph, aten.reshape.default, (chosen, [-1, old[-1]]), rows)
+            flat = called(self.mode, self.graph, aten.reshape.default, (chosen, [-1, arg(rows, 1)[-1]]), rows)
             sizes = list(arg(node, 1))
             sizes[dim] = self.size(chosen, dim)
         product.args = (*product.args[:first], flat, *product.args[first + 1 :])

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..rules.base import Call, Rule, linearized_many
 from ..rules.carry import Carry
-from .demand import CHOICE, ROW, TARGETS
+from .choice import CHOICE, ROW, TARGETS
 from .graphs import arg, tree, value
 from .rewrite import RuleOp, is_rule, rule_op
 from .template import Templates

@@ -12,14 +12,15 @@ from .activity import explained, refuse_missing
 from .assign import assign
 from .budget import Budget, Memory, rematerialise
 from .canonicalize import Canonical
-from .demand import demanded, only_outputs, only_rows
 from .fused import AUTO, fuse
+from .demand import only_outputs, only_rows
 from .graphs import outputs
 from .liveness import Sizes
 from .plan import Plan
 from .positions import PositionLeaf, with_position_leaves
 from .rewrite import rewrite
 from .seed import Seed
+from .slicing import demanded
 from .transpose import Relevance, transpose
 from .verify import verify_relevance, verify_rules
 

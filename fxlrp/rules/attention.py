@@ -128,8 +128,8 @@ class AttentionRule(_Attention):
 class FrozenAttention(_Attention):
     """Attention weights as constants: all relevance to the values, ``G_v = A^T G``.
 
-    Cost: on a CPU two matrix products, as forward (:func:`attention_of_values`); elsewhere that of the ordinary
-    backward.
+    Cost: on a CPU two matrix products, as forward (:func:`attention_of_values`); elsewhere that of the
+    ordinary backward.
 
     Source: Ali et al. 2022 (AH-rule); CP-LRP in AttnLRP, section 2.
     """

@@ -17,11 +17,11 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 def attention_of_values(call: Call) -> Linearization:
     """``O = A V`` and ``G_V = A^T G`` with ``A = softmax(S)``, ``S = scale * Q K^T + mask``.
 
-    With the forward's ``l_i = log sum_j exp(S_ij)``, the rows of ``A^T`` are a softmax over the queries but for
-    their sums: ``A_ij = exp(S_ij - l_i) = Z_j softmax_i(S_ij - l_i)`` with ``Z_j = sum_i A_ij``, which that
-    softmax's own log-sum-exp is the logarithm of. So the fused forward kernel does it: keys ask, queries
-    answer, ``-l_i`` comes in as one more feature beside a 1, and causal positions count from the end. Two matrix
-    products and no N x N matrix per head, where the fused backward takes five products and drops three.
+    With the forward's ``l_i = log sum_j exp(S_ij)``, the rows of ``A^T`` are a softmax over the queries but
+    for their sums: ``A_ij = exp(S_ij - l_i) = Z_j softmax_i(S_ij - l_i)`` with ``Z_j = sum_i A_ij``, which
+    that softmax's own log-sum-exp is the logarithm of. So the fused forward kernel does it: keys ask, queries
+    answer, ``-l_i`` comes in as one more feature beside a 1, and causal positions count from the end. Two
+    matrix products and no N x N matrix per head; the fused backward takes five products and drops three.
 
     Elsewhere than on a CPU in float32 and float64, or where a mask is added or operands broadcast, it is the
     ordinary vector-Jacobian product.

@@ -118,14 +118,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     autograd = next(r["peak MiB"] for r in rows if r["contender"] == AUTOGRAD)
     lines = [
-        "| contender | budget | peak MiB | over autograd | limit | estimated MiB | time over default | limit |",
+        "| contender | budget | peak MiB | over autograd | limit | estimated | over default's time | limit |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         most, slow = LIMITS.get(r["contender"], (None, None))
         estimate = "" if r["estimated MiB"] is None else f"{r['estimated MiB']:.0f}"
         lines.append(
-            f"| {r['contender']} | {r['budget'] or ''} | {r['peak MiB']:.0f} | {r['peak MiB'] / autograd:.2f} | "
+            f"| {r['contender']} | {r['budget'] or ''} | {r['peak MiB']:.0f} "
+            f"| {r['peak MiB'] / autograd:.2f} | "
             f"{'' if most is None else f'≤ {most}'} | {estimate} | {r['time over default']:.2f} | "
             f"{'' if slow is None else f'≤ {slow}'} |"
         )

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fxlrp
 from fxlrp.compiler.liveness import Sizes, peak, steps_of
 from fxlrp.compiler.parts import Parts
+from fxlrp.compiler.shapes import integers
 from fxlrp.memory import advised
 
 LENGTH, WIDTH = 160, 32
@@ -200,6 +201,7 @@ def test_no_product_runs_more_than_once_more(deep: nn.Module, usual: fxlrp.Expla
     assert products and len(products) == len(set(products))
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_root_of_the_depth() -> None:
     """Breaks if every layer keeps something at the lowest budget; by default every layer does."""
     least, default = {}, {}
@@ -208,7 +210,7 @@ def test_memory_grows_with_the_root_of_the_depth() -> None:
         explainer(torch.randn(2, 6, 8))
         parts = explainer.memory.chooser.parts
         symbols = [p.meta["val"].shape[1].node.expr for p in parts.graph.nodes if p.op == "placeholder"][:1]
-        known = type(explainer.memory.chooser)(Parts(parts.graph, Sizes({symbols[0]: 4096})))
+        known = type(explainer.memory.chooser)(Parts(parts.graph, Sizes(integers({symbols[0]: 4096}))))
         memory = type(explainer.memory)(known)
         least[layers], default[layers] = memory.least.peak, memory.default.peak
     assert default[64] > 12 * default[4]
@@ -223,7 +225,7 @@ def test_budgets_that_are_none_are_refused(budget: Any) -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 0.01])
-def test_a_budget_that_cannot_be_met_says_what_can(deep: nn.Module, budget: float) -> None:
+def test_a_budget_that_cannot_be_met_says_what_can(usual: fxlrp.Explainer, budget: float) -> None:
     """Breaks if it is ignored, or if what the message says does not work either."""
     with pytest.raises(fxlrp.InputError, match=r"the least .* is \d+\.\d MiB") as caught:
         budgeted(usual, budget)(example())

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..memory import peak_above
+from ..peak import peak_above
 from .describe import Workload, model_of
 from .methods import METHODS, Run
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import GraphError
+from ..rules.base import wide
 from .activity import Source
 from .backward import Backward
 from .cleanup import clean
@@ -232,7 +233,8 @@ class _Transposition(Backward):
 
 
 def _token_relevance(embedding: Tensor, coefficient: Tensor) -> Tensor:
-    return (embedding * coefficient).sum(-1)
+    # Products of half precision would be rounded, or overflow, before they are summed.
+    return (wide(embedding) * coefficient).sum(-1).to(embedding.dtype)
 
 
 def _summed(embedding: Tensor, relevance: Tensor) -> Tensor:

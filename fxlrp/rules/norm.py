@@ -106,7 +106,8 @@ def _layer_norm(call: Call) -> Linearization:
     dims = tuple(range(-len(shape), 0))
 
     def pullback(cotangent: Tensor) -> tuple[Tensor]:
-        scaled = cotangent if weight is None else cotangent * weight
+        # In float32 at least: the mean is a sum of what nearly cancels.
+        scaled = wide(cotangent) if weight is None else wide(cotangent) * weight
         return (((scaled - scaled.mean(dims, keepdim=True)) * rstd).to(x.dtype),)
 
     return Linearization(output, pullback)
@@ -133,11 +134,13 @@ def _group_norm(call: Call) -> Linearization:
     eps = _argument(call, 4, "eps")
 
     def pullback(cotangent: Tensor) -> tuple[Tensor]:
-        scaled = cotangent if weight is None else cotangent * weight.view(-1, *(1,) * (x.dim() - 2))
+        scaled = wide(cotangent)
+        if weight is not None:
+            scaled = scaled * weight.view(-1, *(1,) * (x.dim() - 2))
         inside = (x.shape[0], groups, math.prod(x.shape[1:]) // groups)
-        rows, wide = scaled.reshape(inside), x.reshape(inside)
-        rstd = torch.rsqrt(wide.var(-1, correction=0, keepdim=True) + (1e-5 if eps is None else eps))
-        return (((rows - rows.mean(-1, keepdim=True)) * rstd).reshape(x.shape),)
+        rows, values = scaled.reshape(inside), wide(x).reshape(inside)
+        rstd = torch.rsqrt(values.var(-1, correction=0, keepdim=True) + (1e-5 if eps is None else eps))
+        return (((rows - rows.mean(-1, keepdim=True)) * rstd).reshape(x.shape).to(x.dtype),)
 
     return Linearization(call.run(), pullback)
 

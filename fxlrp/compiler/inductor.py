@@ -1,8 +1,8 @@
 """Inductor for graphs that are traced already: no Dynamo, no guards, weights and sizes as inputs.
 
 A graph compiles for symbolic sizes and the strides that its inputs come in. Sizes of 1 are fixed, as Inductor
-fixes them elsewhere. What else its kernels rely on (32-bit indices, say) are conditions on the sizes; other
-sizes than they allow for compile again.
+fixes them elsewhere. What else its kernels rely on (indices that fit into 32 bits, say) are conditions on the
+sizes; other sizes than they allow for compile again.
 """
 
 from __future__ import annotations

@@ -211,13 +211,14 @@ class Backward:
                         if not isinstance(self.values[node], tuple)
                         else self.values[node][i]
                     )
+                    output.meta.setdefault("val", leaf)
                     cotangent[i] = self._zeros(output, leaf, node, cotangent)
                 found.append(cotangent[i])
         return found
 
     def _zeros(self, output: Any, fake: Tensor, node: fx.Node, arrived: dict[int, Any]) -> Any:
         if not self.is_many(node):
-            return self.graph.call_function(torch.ops.aten.zeros_like.default, (output,))
+            return self._aten(torch.ops.aten.zeros_like.default, output)
         index, other = next(iter(arrived.items()))
         like = self.like(pytree.tree_leaves(value(node))[index])
         return self.inlined("zeros", zeros_of_many, [(output, fake), (other, like)])

@@ -52,6 +52,8 @@ def outline(module: fx.GraphModule, *, times: int = TIMES, size: int = SIZE) -> 
         size: how many nodes it must have at least.
     """
     nodes = Nodes.of(module)
+    if not nodes.are_known:
+        return None
     for _ in range(2):
         blocks = _blocks(nodes, times, size)
         if not blocks:

@@ -263,7 +263,6 @@ def _unlift(program: torch.export.ExportedProgram, names: tuple[str, ...]) -> fx
     graph.eliminate_dead_code()
     used = {node.target for node in graph.nodes if node.op == "get_attr"}
     module = fx.GraphModule({k: v for k, v in attributes.items() if k in used}, graph, "Captured")
-    module.recompile()
     return module
 
 

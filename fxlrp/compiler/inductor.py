@@ -1,8 +1,8 @@
 """Inductor for graphs that are traced already: no Dynamo, no guards, weights and sizes as inputs.
 
 A graph compiles for symbolic sizes and the strides that its inputs come in. Sizes of 1 are fixed, as Inductor
-fixes them elsewhere. What else its kernels rely on (32-bit indices, say) are conditions on the sizes; other
-sizes than they allow for compile again.
+fixes them elsewhere. What else its kernels rely on (indices that fit into 32 bits, say) are conditions on the
+sizes; other sizes than they allow for compile again.
 """
 
 from __future__ import annotations
@@ -97,6 +97,13 @@ class Compilable:
                 if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                     self.places.setdefault(size.node.expr, (i, dim))
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all symbols that its inputs' sizes are expressions in can be read off them."""
+        sizes = [s for v in self.given for s in ((*v.shape, *v.stride()) if isinstance(v, Tensor) else (v,))]
+        free = [s.node.expr.free_symbols for s in sizes if isinstance(s, torch.SymInt)]
+        return set().union(*free) <= self.places.keys()
+
     def kernel(self, args: Sequence[Any]) -> Callable[..., Any]:
         """What to call for inputs of these sizes and strides."""
         sizes = {s: args[i] if dim is None else args[i].shape[dim] for s, (i, dim) in self.places.items()}
@@ -108,29 +115,30 @@ class Compilable:
                 layout = Layout(tuple(range(arg.dim())))
                 astray.append(i)
             layouts.append(layout)
-        ones = tuple(symbol for symbol, size in sizes.items() if size == 1)
-        others = {symbol: size for symbol, size in sizes.items() if size != 1}
-        known = self.kernels.setdefault((ones, tuple(layouts)), [])
+        small = {symbol: size for symbol, size in sizes.items() if size <= 1}
+        others = {symbol: size for symbol, size in sizes.items() if size > 1}
+        known = self.kernels.setdefault((tuple(small.items()), tuple(layouts)), [])
         fitting = [kernel for kernel in known if kernel.admits(list(others.values()))]
         if not fitting:
-            fitting = [self._compile(ones, others, layouts)]
+            fitting = [self._compile(small, others, layouts)]
             known += fitting
         return functools.partial(_dense, fitting[0].run, astray) if astray else fitting[0].run
 
     def _compile(
-        self, ones: Sequence[Any], sizes: Mapping[Any, int], layouts: Sequence[Layout | None]
+        self, small: Mapping[Any, int], sizes: Mapping[Any, int], layouts: Sequence[Layout | None]
     ) -> Kernel:
         env = ShapeEnv()
         mode = FakeTensorMode(shape_env=env)
         symbols = {symbol: _symbol(mode, f"size{i}", n) for i, (symbol, n) in enumerate(sizes.items())}
-        exprs = {**dict.fromkeys(ones, 1), **{symbol: s.node.expr for symbol, s in symbols.items()}}
+        exprs = {symbol: sympy.Integer(size) for symbol, size in small.items()}
+        exprs |= {symbol: s.node.expr for symbol, s in symbols.items()}
 
         def moved(size: Any) -> Any:
             """A size of the trace as one of this compilation."""
             if isinstance(size, int):
                 return size
-            expr = size.node.expr.xreplace({k: sympy.sympify(v) for k, v in exprs.items()})
-            hint = _at(size, {**dict.fromkeys(ones, 1), **sizes})
+            expr = size.node.expr.xreplace(exprs)
+            hint = _at(size, {**small, **sizes})
             return int(expr) if expr.is_Integer else env.create_symintnode(expr, hint=hint)
 
         inputs = []

@@ -66,7 +66,7 @@ class _Inductor(_Eager):
 class _Blocks:
     """A graph of blocks whose kernels are looked up once for each shape of inputs and then just called.
 
-    Inputs are contiguous, so that their shapes decide the strides of everything.
+    Inputs are made contiguous, so that their shapes decide the strides of everything.
     """
 
     def __init__(self, outlined: fx.GraphModule) -> None:
@@ -77,6 +77,7 @@ class _Blocks:
 
     def __call__(self, *args: Any) -> Any:
         shapes = tuple([a.shape for a in args])
+        args = tuple([a.contiguous() for a in args])
         run = self.known.get(shapes)
         with plain_region():
             return self._first(shapes, args) if run is None else run(*args)
@@ -102,7 +103,10 @@ def _eager(graph: fx.GraphModule, device: torch.device, blocks: bool) -> Runner:
 def _inductor(graph: fx.GraphModule, device: torch.device, blocks: bool) -> Runner:
     with collection_paused():
         outlined = outline(graph) if blocks else None
-        return _Inductor(graph) if outlined is None else _Blocks(outlined.graph)
+        if outlined is None:
+            return _Inductor(graph)
+        made = _Blocks(outlined.graph)
+        return made if all(block.is_complete for block in made.blocks.values()) else _Inductor(graph)
 
 
 def _cudagraphs(graph: fx.GraphModule, device: torch.device, blocks: bool) -> Runner:

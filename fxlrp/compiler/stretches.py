@@ -82,6 +82,11 @@ class Nodes:
         at = {node: place for place, node in enumerate(order)}
         return replace(self, order=order, at=at, parts={})
 
+    @property
+    def are_known(self) -> bool:
+        """Whether it is known what all values look like that may become a part's inputs."""
+        return not any(value(n) is None and any(u.op != "output" for u in n.users) for n in self.order)
+
     def key(self, node: fx.Node) -> Any:
         """Op, constants, dtype and shape; of loose nodes their value. Strides are the backend's to choose."""
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: ("node", self.loose.get(n)))

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -44,7 +43,7 @@ def with_values(module: fx.GraphModule, header: Header, target: Kind, place: tor
         context: Any = StatelessSymbolicContext(dynamic_sizes=changes)
         node.meta["val"] = mode.from_tensor(given, symbolic_context=context, source=ConstantSource(node.name))
     try:
-        with mode, torch.no_grad(), enable_python_dispatcher():
+        with mode, torch.no_grad():
             for node in module.graph.nodes:
                 if node.op == "get_attr":
                     node.meta["val"] = mode.from_tensor(getattr(module, str(node.target)), static_shapes=True)
@@ -76,11 +75,10 @@ def _shapes(header: Header, target: Kind, operands: int) -> list[list[tuple[int,
 
 
 def _hints(sizes: Sizes) -> Mapping[str, int]:
-    """Sizes for the symbols that fulfil the conditions, all different where these allow it."""
+    """Sizes for the symbols that fulfil the conditions, as many different ones as these allow."""
     names = sorted(sizes.symbols)
-    different = itertools.islice(itertools.permutations(_TRIED, len(names)), _TRIES)
-    any_other = itertools.islice(itertools.product(_TRIED, repeat=len(names)), _TRIES)
-    for chosen in itertools.chain(different, any_other):
+    any_sizes = itertools.islice(itertools.product(_TRIED, repeat=len(names)), _TRIES)
+    for chosen in sorted(any_sizes, key=lambda sizes: -len(set(sizes))):
         symbols = dict(zip(names, chosen, strict=True))
         if all(_in_range(symbols[n], *pair) for n, pair in sizes.ranges.items()) and _hold(sizes, symbols):
             return symbols

@@ -136,6 +136,14 @@ def test_other_models_are_the_same(
     assert_same(saved(explainer, tmp_path / "m.fxlrp")(**inputs), expected)
 
 
+def test_an_input_with_the_name_of_a_builtin(tmp_path: Path) -> None:
+    """Breaks if names that torch.fx changes in generated code, as ``input``, meet another input's."""
+    explainer = fxlrp.lrp_compile(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval())
+    x = torch.randn(2, 4)
+    expected = explainer(x, target=1)
+    assert_same(saved(explainer, tmp_path / "i.fxlrp")(input=x, target=1), expected)
+
+
 def test_a_function_of_the_output_is_saved(tmp_path: Path) -> None:
     """Breaks if a traced function, or the tensor that it closes over, is lost."""
     weight = torch.randn(3, dtype=torch.float64)
@@ -161,6 +169,23 @@ def test_inductor_runs_a_loaded_graph(text: tuple[fxlrp.Explainer, fxlrp.Explana
     """Breaks if a loaded graph lacks what the compiler asks of it."""
     found = fxlrp.load(file, backend="inductor")(IDS, MASK)
     torch.testing.assert_close(found.relevance, text[1].relevance)
+
+
+def test_compiled_backends_find_symbolic_values(tmp_path: Path) -> None:
+    """Breaks if nodes of a loaded graph have no dtype and shape, or a size that may change is fixed."""
+    explainer = fxlrp.lrp_compile(models.tiny_llama())
+    for target in (None, [3, 7], fxlrp.LogProb(2, position=1), fxlrp.Span(1, 3)):
+        expected = explainer(IDS, MASK, target=target)
+        graph = saved(explainer, tmp_path / "v.fxlrp", backend="inductor").relevance_graph
+        original = {n.name: n.meta["val"] for n in explainer.relevance_graph.graph.nodes if "val" in n.meta}
+        shapes = [(n, original[n.name], n.meta["val"]) for n in graph.graph.nodes if n.name in original]
+        assert len(shapes) > 100
+        for node, known, found in shapes:
+            if isinstance(known, Tensor):
+                assert found.dtype is known.dtype and found.dim() == known.dim(), node.name
+                symbolic = [not str(size).isdigit() for size in found.shape]
+                assert symbolic == [not str(size).isdigit() for size in known.shape], node.name
+        assert expected.value.dtype is torch.float64
 
 
 def test_other_arguments_are_part_of_the_artifact(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ class _Reader:
                 _, number = fields(data, place, name=str, input=int)
                 if number != taken or taken >= self.inputs:
                     refuse(place, f"is input {number}, where {taken} of {self.inputs} should come")
-                self.known[name] = self.graph.create_node("placeholder", f"input_{taken}", name=name)
+                self.known[name] = self.graph.create_node("placeholder", name, name=name)
                 taken += 1
             elif "constant" in data:
                 _, number = fields(data, place, name=str, constant=int)

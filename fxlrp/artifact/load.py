@@ -18,6 +18,7 @@ from .header import PACKAGE, Header, device_of, header_of
 from .loaded import LoadedExplainer, LoadedProgram
 from .ops import resolve
 from .strict import fields, refuse
+from .values import with_values
 
 
 def load(
@@ -73,6 +74,8 @@ def load(
         module = graphs.from_data(program.data, f"programs[{i}].graph", count, constants, moved)
         if not program.results.fits(output_node(module.graph).args[0]):
             refuse(f"programs[{i}].graph.output", "does not have the parts that results names")
+        if place.type != "cpu" or backend not in ("auto", "eager"):
+            module = with_values(module, header, program.target, place)
         native = aot and i == 0  # the package is the first program's
         runner = native_runner(stored.tensor(PACKAGE), module) if native else lower(module, backend, place)
         programs.append(LoadedProgram(program, module, runner))

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import ArtifactError
 from .expressions import Sizes
 from .expressions import from_data as expression_from
+from .graph import DTYPES
 from .strict import check, fields, items, refuse, unique
 
 _KINDS = {str(kind.name): kind for kind in inspect._ParameterKind}
@@ -84,6 +85,8 @@ class Inputs:
         unique(found.names, "inputs.names")
         if not found.names or not len(found.names) == len(found.dtypes) == len(found.sizes.shapes):
             refuse("inputs", "does not have a name, a dtype and a shape for each tensor")
+        if not set(found.dtypes) <= DTYPES.keys():
+            refuse("inputs.dtypes", f"has one that is none: {found.dtypes}")
         for name, value in constants.items():
             if type(value) is dict:
                 fields(value, f"inputs.constants.{name}", type=str)

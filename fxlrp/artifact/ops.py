@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..compiler import choice, demand
+from ..compiler import choice, demand, slicing
 from ..errors import ArtifactError
 from ..rules import ops as canonical
 
@@ -69,9 +69,9 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
                 choice.select_rows,
                 demand.last_unpadded,
                 demand.last_before_padding,
-                demand.counted,
-                demand.seen_from,
-                demand.seen_from_each,
+                slicing.counted,
+                slicing.seen_from,
+                slicing.seen_from_each,
             )
         },
     }

@@ -19,8 +19,8 @@ import torch
 from torch import fx
 
 from .graphs import arg, output_node, value
-from .stretches import SYMBOLIC, Nodes, Part
 from .repeats import Run, runs
+from .stretches import SYMBOLIC, Nodes, Part
 
 #: How often something must be repeated to be a block: of fewer layers, one graph compiles as fast.
 TIMES = 3

@@ -12,8 +12,8 @@ from .activity import explained, refuse_missing
 from .assign import assign
 from .budget import Budget, Memory, rematerialise
 from .canonicalize import Canonical
-from .fused import AUTO, fuse
 from .demand import only_outputs, only_rows
+from .fused import AUTO, fuse
 from .graphs import outputs
 from .liveness import Sizes
 from .plan import Plan

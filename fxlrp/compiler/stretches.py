@@ -1,4 +1,4 @@
-"""Stretches: stretches of a graph's nodes, what feeds them, and what of them is used elsewhere."""
+"""Stretches of a graph's nodes, what feeds them, and what of them is used elsewhere."""
 
 from __future__ import annotations
 

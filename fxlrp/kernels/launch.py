@@ -83,5 +83,4 @@ def runs_triton(*tensors: Tensor) -> bool:
 
 def launch(kernel: Any) -> Any:
     """A kernel to be called as ``launch(kernel)[grid](*args)``: visible to Inductor where it is compiled."""
-    launched: Callable[..., Any] = kernel if is_interpreted() else wrap_triton(kernel)
-    return launched
+    return kernel if is_interpreted() else wrap_triton(kernel)

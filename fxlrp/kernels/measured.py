@@ -1,4 +1,4 @@
-"""Which kernels were measured to be faster than what they replace, by device: what ``kernels="auto"`` takes."""
+"""Which kernels were measured to be faster than what they replace, by device: those that ``auto`` takes."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ TABLES: dict[tuple[str, str, int], Table] = {
     ("forward", "cdna", 2): {
         64: Row(Tiles(128, 64, 8, 1), Tiles(128, 64, 8, 1)),
         128: Row(Tiles(128, 32, 8, 1), Tiles(64, 32, 8, 1)),
-        256: Row(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1)),
+        256: Row(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
     },
     ("of_queries", "cdna", 2): {
         64: Row(Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1, 4)),

@@ -35,7 +35,7 @@ _FLOAT32 = Table(
 _TF32 = Table(most=64, few=_TF32_FEW, tuned=(Tiles(64, 128, 32, warps=8, stages=3, shared=120),))
 _FORWARD = Table(
     most=128,
-    few=(*_HALF_FEW, Tiles(128, 128, 32, warps=8, stages=4)),
+    few=(*_HALF_FEW, Tiles(128, 64, 32, warps=8, stages=4)),
     tuned=(Tiles(128, 128, 64, warps=8, stages=3, shared=112),),
 )
 #: Factors of three operands take registers, so that tiles are smaller than on the way forward.

@@ -14,7 +14,7 @@ Predicted on an H200 (dense bf16, 790 TFLOP/s; products of 2 N M D operations ea
 
 - ``attention_forward``: 2 products; reads q, k, v, writes out and lse. Nothing else grows but with N.
 - ``attention_relevance``: 7 products, against 5 of a fused backward that adds to q's gradient atomically
-  (FlashAttention-2): the price of results that are the same bit for bit each time. With ``epsilon`` one more
+  (FlashAttention-2): the price of results that do not change from run to run. With ``epsilon`` one more
   pass over out and G (3 N E values), with ``score_epsilon`` one division for each score.
 - ``attention_frozen_relevance``: 2 products, so 2.5 times fewer than that backward.
 - K coefficients: scores and probabilities are computed once for each C of them (the table in ``tiles.py``).
@@ -63,7 +63,7 @@ def attention_forward(
     and k that need it (all for one side that is alone), or with ``frozen`` the values' alone. The last three
     parameters mean nothing for the forward.
 
-    Source: Dao et al. 2022 (FlashAttention); sinks: OpenAI 2025 (gpt-oss); soft cap: Gemma 2.
+    Source: Dao et al. 2022 (FlashAttention); sinks: Xiao et al. 2023.
     """
     scoring = Scoring.of(q.shape[-1], scale, causal, offset, window, soft_cap)
     if _runs(q, k, v):

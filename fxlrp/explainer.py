@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    PendingUnbackedSymbolNotFound,
+)
 
 from . import artifact
 from .bundle import Bundle
@@ -123,6 +126,8 @@ def lrp_compile(
     )
 
 
+#: What tracing raises where a size is data.
+_OF_DATA = (GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
 #: Programs of target functions that are kept; a function made anew for each call would fill the memory.
 _KEPT_FUNCTIONS = 8
 #: Traces that are kept where a model must be traced for each shape.
@@ -478,7 +483,7 @@ class Explainer:
         except Exception as error:  # some derivatives of PyTorch's take no symbolic sizes
             if trace.captured.shapes.is_dynamic:
                 fixed = self._replaced(trace, bound, f"not built for all sizes: {first_line(error)}")
-            elif isinstance(error, GuardOnDataDependentSymNode) and trace.values is None:
+            elif isinstance(error, _OF_DATA) and trace.values is None:
                 fixed = self._replaced(
                     trace, bound, f"not built for all values: {first_line(error)}", exported=False
                 )

@@ -108,13 +108,13 @@ def assert_same(found: fxlrp.Explanation, expected: fxlrp.Explanation) -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * float(b.abs().max()))
 
 
-# The last layer computes one row and is a block of its own, except where the output is no sequence.
+# The last layer computes one row and is a block of its own.
 CASES: dict[str, tuple[Callable[[], Any], Callable[..., dict[str, Tensor]], Any, list[int]]] = {
     "decoder": (lambda: models.tiny_llama(num_hidden_layers=6), tokens, None, [5, 5]),
     "decoder, 3 targets": (lambda: models.tiny_llama(num_hidden_layers=6), tokens, [1, 2, 3], [5, 5]),
-    "encoder": (lambda: models.tiny_bert(num_hidden_layers=6), tokens, None, [6, 6]),
-    "fused projections": (lambda: models.tiny_gpt2(n_layer=6), tokens, None, [6, 6]),
-    "images": (lambda: models.tiny_vit(num_hidden_layers=6), pixels, 1, [6, 6]),
+    "encoder": (lambda: models.tiny_bert(num_hidden_layers=6), tokens, None, [5, 5]),
+    "fused projections": (lambda: models.tiny_gpt2(n_layer=6), tokens, None, [5, 5]),
+    "images": (lambda: models.tiny_vit(num_hidden_layers=6), pixels, 1, [5, 5]),
 }
 
 

@@ -107,6 +107,8 @@ MOVES: dict[str, tuple[str, Step, Step, tuple[Tensor, ...]]] = {
         (Q, K, V, normal(2, 5, 5)),
     ),
     "index": ("exp", torch.exp, lambda y, rows: y[:, rows[:1]], (X,)),
+    "index from the end": ("exp", torch.exp, lambda y, rows: y[:, rows[:1] * 0 - 1], (X,)),
+    "part of an index": ("exp", torch.exp, lambda y, rows: y[:, rows[:1] * 0 - 1][:, :, 2:4], (X,)),
     "given rows": ("linear", F.linear, lambda y, rows: y[torch.arange(y.shape[0]), rows], (X, W)),
     "gathered rows": (
         "linear",

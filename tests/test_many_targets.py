@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxlrp
 from fxlrp import Logit, LogitDifference, LogProb, Span, TopK
+from fxlrp.compiler.choice import select_index
 from fxlrp.rules import AttentionRule, Epsilon, IdentityNorm, Linearization, Rule
 from fxlrp.rules.base import Call, vjp
 from fxlrp.rules.batched_attention import attention_of_many
@@ -479,6 +480,7 @@ OPS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "index apart": (ATEN.index.Tensor, (X, [AT, None, AT]), {}),
     "gather": (ATEN.gather.default, (X, 1, torch.zeros(4, 2, 6, dtype=torch.long)), {}),
     "index_select": (ATEN.index_select.default, (X, -1, AT), {}),
+    "select_index": (select_index, (X, 1, AT - 4), {}),
     "scatter_add": (ATEN.scatter_add.default, (X, 1, torch.zeros(4, 2, 6, dtype=torch.long), X[:, 1:3]), {}),
     "index_add": (ATEN.index_add.default, (X, 1, AT, X[:, :3]), {}),
     "max": (ATEN.max.dim, (X, 1), {}),

@@ -66,6 +66,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
                 canonical.normalize,
                 canonical.normalize_divide,
                 canonical.self_gate,
+                choice.select_index,
                 choice.select_rows,
                 demand.last_unpadded,
                 demand.last_before_padding,

@@ -28,12 +28,20 @@ def select_rows(x: Tensor, dim: int, positions: Tensor) -> Tensor:
     return x.movedim(dim, 1)[samples, positions].movedim(1, dim) if dim != 1 else x[samples, positions]
 
 
+def select_index(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """The same positions for all samples; as in ``x[index]``, those below 0 count from the end.
+
+    Shapes: ``[..., n, ...]`` and ``[m]`` -> ``[..., m, ...]``.
+    """
+    return torch.ops.aten.index.Tensor(x, [*[None] * dim, index])
+
+
 @dataclass(frozen=True)
 class Choice:
     """The positions that ``op(x, dim, *operands)`` takes out of x: a slice, an index, or rows of each sample.
 
     Attributes:
-        op: ``slice``, ``index_select`` or :func:`select_rows`.
+        op: ``slice``, ``index_select``, :func:`select_index` or :func:`select_rows`.
         operands: what it takes behind the dimension.
         mark: ``CHOICE`` where each position is that of a target of its own.
     """
@@ -112,7 +120,7 @@ def _index(node: fx.Node, x: Tensor, indices: Any) -> Reading | None:
         return None
     if len(given) == 1:
         ((dim, index),) = given.items()
-        return Reading(Choice(torch.ops.aten.index_select.default, (index,)), dim)
+        return Reading(Choice(select_index, (index,)), dim)
     if tuple(given) == (0, 1) and _counts(given[0], x.shape[0]):
         return Reading(Choice(select_rows, (given[1],)), 1, drops=True)
     return None
@@ -153,7 +161,7 @@ _READERS: tuple[tuple[tuple[str, ...], Any], ...] = (
     (("slice",), _slice),
     (("narrow",), _narrow),
     (("select",), _select),
-    (("index_select",), _index_select),
+    (("index_select", "select_index"), _index_select),
     (("index",), _index),
     (("gather",), _gather),
     (("select_rows",), _rows),

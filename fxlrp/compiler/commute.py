@@ -32,6 +32,7 @@ _REDUCTIONS = {
     **dict.fromkeys(["mean", "sum", "amax", "amin", "logsumexp", "var", "std", "var_mean", "std_mean"], 1),
     "linalg_vector_norm": 2,
 }
+_CHOICES = "slice narrow index_select select_index"
 _SPLITS = "split split_with_sizes chunk tensor_split"
 
 
@@ -184,7 +185,7 @@ def _expand(node: fx.Node, dim: int) -> Places | None:
 
 def _sliced(node: fx.Node, dim: int) -> Places | None:
     """A slice or split along another dimension."""
-    own: Any = node.args[1] if op_name(node.target) in ("slice", "narrow", "index_select") else None
+    own: Any = node.args[1] if op_name(node.target) in _CHOICES.split() else None
     if op_name(node.target) in _SPLITS.split():
         own = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
     elif own is None:
@@ -218,7 +219,7 @@ _ROWS: Final[dict[str, Row]] = {
     **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalized),
     **dict.fromkeys(("reshape", "view", "unsafe_view", "flatten"), _reshape),
-    **dict.fromkeys(("slice", "narrow", "index_select", *_SPLITS.split()), _sliced),
+    **dict.fromkeys((*_CHOICES.split(), *_SPLITS.split()), _sliced),
     **dict.fromkeys(("transpose", "t", "swapaxes"), _transpose),
     "addmm": _addmm,
     "attention": _attention,

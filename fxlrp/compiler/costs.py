@@ -114,7 +114,7 @@ def cost(node: fx.Node, sizes: Sizes) -> int:
     if not isinstance(value(node), (Tensor, tuple, list)) or sizes.is_alias(node):
         return 0
     moved = sizes.bytes(node) + _START
-    if op_name(node.target) not in ("embedding", "index", "index_select", "gather"):
+    if op_name(node.target) not in ("embedding", "index", "index_select", "select_index", "gather"):
         moved += sum(map(sizes.bytes, node.all_input_nodes))
     if is_cheap(node):
         return moved

@@ -20,8 +20,8 @@ _COPYING = """view reshape unsafe_view view_as reshape_as transpose permute t sw
     unflatten ravel repeat repeat_interleave tile roll flip rot90 gather index index_select take
     take_along_dim diagonal pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d
     replication_pad2d masked_fill where tril triu dropout feature_dropout unfold im2col pixel_shuffle
-    pixel_unshuffle channel_shuffle upsample_nearest1d upsample_nearest2d upsample_nearest3d select_rows
-    lift_fresh_copy positive numpy_T mT atleast_1d atleast_2d atleast_3d getitem"""
+    pixel_unshuffle channel_shuffle upsample_nearest1d upsample_nearest2d upsample_nearest3d select_index
+    select_rows lift_fresh_copy positive numpy_T mT atleast_1d atleast_2d atleast_3d getitem"""
 _SCALING = """add sub rsub subtract mul multiply div divide true_divide neg negative to to_copy type_as
     rad2deg"""
 #: Steps whose outputs are copies of inputs' elements, or constants.

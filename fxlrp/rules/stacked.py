@@ -132,6 +132,7 @@ _FORMS: dict[str, Callable[[Call], _Stacked | None]] = {
     "gather": _along(0, 2),
     "take_along_dim": _along(0, 2),
     "index_select": _along(0),
+    "select_index": _along(0),
     "scatter": _along(0, 2, 3),
     "scatter_add": _along(0, 2, 3),
     "index_add": _along(0, 3),

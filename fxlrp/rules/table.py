@@ -49,7 +49,7 @@ _STRUCTURAL = """view reshape unsafe_view view_as reshape_as transpose permute t
     upsample_bilinear2d_aa upsample_trilinear3d upsample_nearest3d upsample_nearest_exact1d
     upsample_nearest_exact2d upsample_nearest_exact3d upsample_linear1d pixel_shuffle
     pixel_unshuffle channel_shuffle fft_fft fft_ifft fft_fftn fft_ifftn fft_rfft fft_irfft copy
-    lift_fresh_copy broadcast_to getitem segment_reduce trace rot90 positive select_rows
+    lift_fresh_copy broadcast_to getitem segment_reduce trace rot90 positive select_index select_rows
     diff atleast_1d atleast_2d atleast_3d hstack vstack dstack nan_to_num ravel zero fill numpy_T mT
     mH adjoint matrix_H rad2deg"""
 _PRODUCT = "mul multiply"

@@ -33,7 +33,8 @@ def select_index(x: Tensor, dim: int, index: Tensor) -> Tensor:
 
     Shapes: ``[..., n, ...]`` and ``[m]`` -> ``[..., m, ...]``.
     """
-    return torch.ops.aten.index.Tensor(x, [*[None] * dim, index])
+    chosen: Tensor = torch.ops.aten.index.Tensor(x, [*[None] * dim, index])
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import fxlrp
 
 from .timing import versions
-from .workloads import ids, make
+from .workloads import first_use, ids, make
 
 #: What 32 layers may take over 4.
 LIMIT = 1.5
@@ -45,8 +44,7 @@ def first_explanation(layers: int, backend: str) -> dict[str, Any]:
         vocab_size=1000,
     )
     inputs = ids(1000, 2, 16)
-    # PyTorch's own first-use imports
-    fxlrp.lrp_compile(nn.Linear(2, 2).eval(), backend="eager")(torch.randn(2, 2))
+    first_use()
     explainer = fxlrp.lrp_compile(model, backend=backend)
     start = time.perf_counter()
     explainer(**inputs)
@@ -98,6 +96,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 32])
     parser.add_argument("--backend", default="inductor")
+    parser.add_argument("--quick", action="store_true", help="2 and 4 layers")
     parser.add_argument("--out", type=Path, help="write JSON here")
     parser.add_argument("--here", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -105,7 +104,7 @@ def main() -> None:
         print(json.dumps(first_explanation(options.here, options.backend)))
         return
     results = []
-    for layers in sorted(options.layers):
+    for layers in (2, 4) if options.quick else sorted(options.layers):
         with tempfile.TemporaryDirectory() as cache:
             for state in ("cold", "warm"):
                 print(f"{layers} layers, {state} …", file=sys.stderr, flush=True)

@@ -4,19 +4,19 @@
 
 Contenders of a model run interleaved in one process, after a correctness gate; reported are medians of ratios
 of neighbouring runs. ``products`` is the distance to the limit: the matrix products of fxlrp's own graph
-alone, replayed. Peak memory is that of a fresh process for each contender, above the loaded model.
+alone, replayed. First explanation and peak memory are those of a fresh process for each contender, the latter
+above the loaded model.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 import fxlrp
 
+from .peak import peak_above
 from .products import replay
 from .reference import gradient_times_input
 from .subjects import SUBJECTS, Subject
 from .timing import interleaved, ratio, versions
-from .workloads import ids, make
+from .workloads import first_use, ids, make
 
 FORWARD, GRADIENT, PRODUCTS = "forward", "gradient x input", "products"
 EAGER, CP, INDUCTOR = "fxlrp eager", "fxlrp eager, cp", "fxlrp inductor"
@@ -133,32 +134,26 @@ def limits(result: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     return found
 
 
-def peak(index: int, contender: str) -> float:
-    """Peak memory in MiB of one contender above the loaded model, in a fresh process."""
-    command = [sys.executable, "-m", "bench.end_to_end", "--peak", str(index), contender]
-    return float(
-        subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()[-1]
-    )
+def alone(index: int, contender: str) -> dict[str, float]:
+    """One contender in a fresh process with an empty compile cache: seconds of its first explanation, which
+    traces and compiles, and peak MiB of a later one above the loaded model.
+    """
+    command = [sys.executable, "-m", "bench.end_to_end", "--alone", str(index), contender]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
-def _peak_here(index: int, contender: str) -> float:
+def _alone_here(index: int, contender: str) -> dict[str, float]:
     subject = SUBJECTS[index]
     inputs = subject.inputs(*subject.cells[0])
+    first_use()
     run = Contenders(subject.build()).runs(inputs, (contender,))[contender]
-    run()  # traces and compiles; what that takes is not part of an explanation
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what tracing freed must not serve the explanation unseen
-    before = _resident()
-    Path("/proc/self/clear_refs").write_text("5")
+    start = time.perf_counter()
     run()
-    status = Path("/proc/self/status").read_text()
-    high = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
-    return high - before
-
-
-def _resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+    return {"first s": time.perf_counter() - start, "peak MiB": peak_above(run)}
 
 
 def tracing() -> float:
@@ -174,9 +169,7 @@ def tracing() -> float:
         vocab_size=1000,
     )
     inputs = ids(1000, 2, 16)
-    fxlrp.lrp_compile(nn.Linear(2, 2).eval(), backend="eager")(
-        torch.randn(2, 2)
-    )  # torch's own first-use imports
+    first_use()
     start = time.perf_counter()
     fxlrp.lrp_compile(model, backend="eager")(**inputs)
     return time.perf_counter() - start
@@ -213,17 +206,19 @@ def main() -> None:
     )
     parser.add_argument("--only", type=int, nargs="*", help="indices of models")
     parser.add_argument("--out", type=Path, help="write JSON here")
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.peak:
-        print(_peak_here(int(options.peak[0]), options.peak[1]))
+    if options.alone:
+        print(json.dumps(_alone_here(int(options.alone[0]), options.alone[1])))
         return
     names = CONTENDERS[:-1] if options.quick else CONTENDERS
     results = []
     for i in options.only if options.only is not None else range(len(SUBJECTS)):
         found = measure(SUBJECTS[i], names, options.quick)
         if not options.quick:
-            found[0]["peak MiB"] = {name: peak(i, name) for name in names if name != PRODUCTS}
+            by_name = {name: alone(i, name) for name in names if name != PRODUCTS}
+            for what in ("first s", "peak MiB"):
+                found[0][what] = {name: figures[what] for name, figures in by_name.items()}
         results += found
     seconds = tracing()
     measured = versions()

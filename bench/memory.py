@@ -10,8 +10,6 @@ relevance is equal with every budget. Autograd keeps what any eager implementati
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import statistics
 import subprocess
@@ -24,7 +22,7 @@ import torch
 
 import fxlrp
 
-from .end_to_end import _resident
+from .peak import peak_above
 from .reference import gradient_times_input
 from .timing import interleaved, ratio, versions
 from .workloads import Built, ids, make
@@ -67,16 +65,7 @@ def peak_here(layers: int, length: int, budget: str) -> float:
         share = None if budget == "None" else float(budget)
         explainer = fxlrp.lrp_compile(net, backend="eager", memory_budget=share)
         run = lambda: explainer(**inputs)  # noqa: E731
-    run()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = _resident()
-    Path("/proc/self/clear_refs").write_text("5")
-    run()
-    status = Path("/proc/self/status").read_text()
-    return (
-        next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024 - before
-    )
+    return peak_above(run)
 
 
 def measure(layers: int, length: int, rounds: int) -> list[dict[str, Any]]:
@@ -143,7 +132,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write JSON here, and the table beside it")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="2 layers, 128 tokens, 3 rounds")
     options = parser.parse_args()
+    if options.quick:
+        options.layers, options.length, options.rounds = 2, 128, 3
     if options.peak:
         print(peak_here(options.layers, options.length, options.peak))
         return

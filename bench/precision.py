@@ -1,6 +1,6 @@
 """Half precision: the error of relevance over that of Gradient x Input by autograd in the same precision.
 
-    python -m bench.precision [--only NAME …] [--composite attnlrp]
+    python -m bench.precision [--only NAME …] [--composite attnlrp] [--out results.json]
 
 Each error is ``|R - R64| / |R64|`` (Euclidean) with R64 the same explanation of the same, rounded weights in
 float64, of the class that each predicts. Models are tiny, with random weights.
@@ -9,6 +9,8 @@ float64, of the class that each predicts. Models are tiny, with random weights.
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ import fxlrp
 
 from .models import CASES, Case
 from .reference import gradient_times_input
+from .timing import versions
 
 DTYPES = (torch.bfloat16, torch.float16)
 #: What the error may be over that of autograd.
@@ -50,19 +53,28 @@ def _error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     return float((difference / sum(float(e.double().square().sum()) for _, e in pairs)) ** 0.5)
 
 
-def table(cases: list[Case], composite: str) -> str:
-    """Errors of all models as a Markdown table."""
+def measure(cases: list[Case], composite: str) -> list[dict[str, Any]]:
+    """Errors of all models in all precisions."""
+    found = []
+    for case in cases:
+        for dtype in DTYPES:
+            ours, theirs = errors(case, dtype, composite)
+            name = str(dtype).split(".")[-1]
+            found.append({"model": case.name, "dtype": name, "error": ours, "autograd": theirs})
+    return found
+
+
+def table(results: list[dict[str, Any]], composite: str) -> str:
+    """The results as a Markdown table."""
     lines = [
         f"| model | dtype | {composite} | Gradient × Input, autograd | ratio | limit |",
         "|---|---|---|---|---|---|",
     ]
-    for case in cases:
-        for dtype in DTYPES:
-            ours, theirs = errors(case, dtype, composite)
-            lines.append(
-                f"| {case.name} | {str(dtype).split('.')[-1]} | {ours:.1e} | {theirs:.1e} "
-                f"| {ours / theirs:.2f} | ≤ {LIMIT:g} |"
-            )
+    lines += [
+        f"| {r['model']} | {r['dtype']} | {r['error']:.1e} | {r['autograd']:.1e} "
+        f"| {r['error'] / r['autograd']:.2f} | ≤ {LIMIT:g} |"
+        for r in results
+    ]
     return "\n".join(lines)
 
 
@@ -73,8 +85,16 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="*", help="names of models")
     parser.add_argument("--composite", default="attnlrp")
+    parser.add_argument("--quick", action="store_true", help="the first two models")
+    parser.add_argument("--out", type=Path, help="write JSON here")
     options = parser.parse_args()
-    print(table([c for c in CASES if not options.only or c.name in options.only], options.composite))
+    cases = [c for c in CASES if not options.only or c.name in options.only]
+    results = measure(cases[:2] if options.quick else cases, options.composite)
+    print(table(results, options.composite))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        data = {"versions": versions(), "composite": options.composite, "limit": LIMIT, "results": results}
+        options.out.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fxlrp
+
 Built = tuple[nn.Module, dict[str, Tensor]]
+
+
+def first_use() -> None:
+    """PyTorch's own imports on the first trace of a process, which are no part of a cold start."""
+    fxlrp.lrp_compile(nn.Linear(2, 2).eval(), backend="eager")(torch.randn(2, 2))
 
 
 def ids(vocabulary: int, batch: int, length: int) -> dict[str, Tensor]:

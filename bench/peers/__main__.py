@@ -20,13 +20,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..timing import ratio, versions
 from .describe import Workload, model_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,9 +50,16 @@ class Contest:
     peers: dict[str, str | None]
 
 
-_CAPTUM = {"Captum InputXGradient": "fxlrp gradient", "Captum IntegratedGradients(20)": None}
+_GRADIENT = {"Captum InputXGradient": "fxlrp gradient"}
+_CAPTUM = {**_GRADIENT, "Captum IntegratedGradients(20)": None}
+_LXT = {"LXT": "fxlrp"}
 _OURS = ("forward", "gradient x input", "fxlrp", "fxlrp inductor", "fxlrp gradient")
+_LEAST = ("forward", "gradient x input", "fxlrp", "fxlrp, least memory", "fxlrp gradient")
 _LINEAR = {"zennit epsilon": "fxlrp epsilon", "zennit gamma": "fxlrp gamma"}
+#: What ratios are taken over.
+_BASES = ("forward", "gradient x input", "LXT", "fxlrp", "zennit epsilon", "zennit gamma")
+#: Seconds that the rounds of a contest take; at least five rounds are run.
+BUDGET = 150.0
 
 
 def contests(*, quick: bool) -> tuple[Contest, ...]:
@@ -62,14 +69,18 @@ def contests(*, quick: bool) -> tuple[Contest, ...]:
         bert = Workload("bert", 64, 128, 2, 4, 200, 2, 16)
         vit = Workload("vit", 64, 128, 2, 4, 10, 2, 32)
         mlp = Workload("mlp", 64, 64, 3, vocabulary=10, batch=4)
+        long, several = replace(llama, length=32), replace(bert, batch=4)
     else:
-        llama = Workload("llama", 512, 1376, 8, 8, 32000, 1, 256)
-        bert = Workload("bert", 384, 1536, 6, 12, 30522, 4, 128)
-        vit = Workload("vit", 384, 1536, 6, 6, 1000, 2, 224)
+        llama = Workload("llama", 512, 1376, 8, 8, 32000, 1, 256, label="Llama 8x512, vocabulary 32,000")
+        bert = Workload("bert", 768, 3072, 12, 12, 30522, 1, 128, label="BERT-base classifier")
+        vit = Workload("vit", 768, 3072, 12, 12, 1000, 1, 224, label="ViT-B/16 classifier")
         mlp = Workload("mlp", 2048, 2048, 8, vocabulary=1000, batch=32, length=1024)
+        long, several = replace(llama, length=2048), replace(bert, batch=8)
     return (
-        Contest(llama, _OURS, {"LXT": "fxlrp", **_CAPTUM}),
-        Contest(bert, _OURS, {"LXT": "fxlrp", **_CAPTUM}),
+        Contest(llama, _OURS, {**_LXT, **_CAPTUM}),
+        Contest(long, _LEAST, {**_LXT, **_GRADIENT}),
+        Contest(bert, _OURS, {**_LXT, **_CAPTUM}),
+        Contest(several, _OURS, {**_LXT, **_GRADIENT}),
         Contest(vit, _OURS, dict(_CAPTUM)),
         Contest(mlp, ("forward", "fxlrp epsilon", "fxlrp gamma"), dict(_LINEAR)),
     )
@@ -130,12 +141,21 @@ def started(contest: Contest, contender: str, weights: Path) -> Iterator[tuple[W
         worker.close()
 
 
-def run(contest: Contest, rounds: int, gate: float, *, memory: bool) -> dict[str, Any]:
-    """One contest: the gate, interleaved times, peak memory."""
+def run(contest: Contest, rounds: int | None, gate: float, *, memory: bool) -> dict[str, Any]:
+    """One contest: the gate, interleaved times, peak memory; without ``rounds``, 5 to 15 by the clock."""
     from safetensors.torch import load_file, save_file
 
     names = (*contest.ours, *contest.peers)
-    result: dict[str, Any] = {"workload": contest.workload.name, "gate": {}, "left out": {}, "versions": {}}
+    work = contest.workload
+    result: dict[str, Any] = {
+        "workload": work.name,
+        "subject": work.model,
+        "batch": work.batch,
+        "length": work.tokens,
+        "gate": {},
+        "left out": {},
+        "versions": {},
+    }
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         parameters = dict(model_of(contest.workload).named_parameters())
         weights = Path(folder) / "weights.safetensors"
@@ -159,17 +179,14 @@ def run(contest: Contest, rounds: int, gate: float, *, memory: bool) -> dict[str
                     result["left out"][name] = f"not the relevance of {reference}: {found:.1e}"
                     del workers[name]
         times: dict[str, list[float]] = {name: [] for name in workers}
-        for i in range(rounds + 1):
-            order = list(workers) if i % 2 else list(reversed(workers))
-            for name in order:
-                seconds = workers[name].ask("time")["seconds"]
-                if i:  # the first round warms up
-                    times[name].append(seconds)
+        warm = sum(worker.ask("time")["seconds"] for worker in workers.values())
+        result["rounds"] = rounds or round(min(15, max(5, BUDGET / warm)))
+        for i in range(result["rounds"]):
+            for name in list(workers) if i % 2 else list(reversed(workers)):
+                times[name].append(workers[name].ask("time")["seconds"])
         result["seconds"] = {name: statistics.median(t) for name, t in times.items()}
-        result["over forward"] = {
-            name: statistics.median(a / b for a, b in zip(t, times["forward"], strict=True))
-            for name, t in times.items()
-        }
+        for base in (b for b in _BASES if b in times):
+            result[f"over {base}"] = {name: ratio(t, times[base]) for name, t in times.items()}
         stack.pop_all().close()
         if memory:
             result["peak MiB"] = {}
@@ -189,19 +206,21 @@ def difference(found: Tensor, expected: Tensor) -> float:
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| model | contender | s | over forward | peak MiB | difference to ours |",
-        "|---|---|---|---|---|---|",
+        "| model | contender | s | over forward | over Gradient × Input | over LXT | peak MiB | gate |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         for name, seconds in result["seconds"].items():
             memory = result.get("peak MiB", {}).get(name)
             gate = next((v for k, v in result["gate"].items() if k.startswith(f"{name} against")), None)
+            over = [result.get(f"over {base}", {}).get(name) for base in _BASES[:3]]
+            ratios = " | ".join("" if x is None else f"{x:.2f}" for x in over)
             lines.append(
-                f"| {result['workload']} | {name} | {seconds:.4f} | {result['over forward'][name]:.2f} | "
+                f"| {result['workload']} | {name} | {seconds:.4f} | {ratios} | "
                 f"{'' if memory is None else f'{memory:.0f}'} | {'' if gate is None else f'{gate:.1e}'} |"
             )
         lines += [
-            f"| {result['workload']} | {name} | left out: {why} | | | |"
+            f"| {result['workload']} | {name} | left out: {why} | | | | | |"
             for name, why in result["left out"].items()
         ]
     return "\n".join(lines)
@@ -213,14 +232,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, no memory")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, help="5 to 15 by the clock without it")
     parser.add_argument("--only", nargs="*", help="shapes: llama, bert, vit, mlp")
     parser.add_argument("--gate", type=float, default=1e-3, help="the largest difference that passes")
     parser.add_argument("--out", type=Path, help="write JSON here")
     options = parser.parse_args()
     if not PEERS.is_file():
         sys.exit("The peers are not installed: make peers")
-    results, failed = [], []
+    results, failed, measured = [], [], versions()
     for contest in contests(quick=options.quick):
         if options.only and contest.workload.shape not in options.only:
             continue
@@ -230,10 +249,10 @@ def main() -> None:
         failed += [f"{name}: {why}" for name, why in result["left out"].items()]
         results.append(result)
     print(table(results))
-    print(f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
+    print(", ".join(f"{k} {v}" for k, v in measured.items()))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"load": os.getloadavg()[0], "results": results}, indent=1))
+        options.out.write_text(json.dumps({"versions": measured, "results": results}, indent=1) + "\n")
     if failed:
         sys.exit(f"Left out: {'; '.join(failed)}")
 

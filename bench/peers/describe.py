@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+#: Side of the patches that ViT cuts an image into.
+_PATCH = 16
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -25,6 +28,7 @@ class Workload:
         batch: number of samples.
         length: tokens of a sample; side of an image; features of the MLP's input.
         seed: of weights and inputs.
+        label: what tables call the model; by its sizes without one.
     """
 
     shape: str
@@ -36,11 +40,24 @@ class Workload:
     batch: int = 1
     length: int = 64
     seed: int = 0
+    label: str = ""
+
+    @property
+    def model(self) -> str:
+        """What tables call the model."""
+        return self.label or f"{self.shape} {self.layers}x{self.width}"
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a sample: of an image its patches and the class token; 1 of a vector."""
+        if self.shape == "vit":
+            return (self.length // _PATCH) ** 2 + 1
+        return 1 if self.shape == "mlp" else self.length
 
     @property
     def name(self) -> str:
-        """How tables call it."""
-        return f"{self.shape} {self.layers}x{self.width}, {self.batch}x{self.length}"
+        """The model with its batch and length."""
+        return f"{self.model}, {self.batch}x{self.tokens}"
 
     def to_data(self) -> dict[str, Any]:
         """As plain data."""
@@ -111,7 +128,9 @@ def _bert(w: Workload) -> nn.Module:
 
 
 def _vit(w: Workload) -> nn.Module:
-    return _library("ImageClassification", "ViTConfig", w, image_size=w.length, num_labels=w.vocabulary)
+    return _library(
+        "ImageClassification", "ViTConfig", w, image_size=w.length, patch_size=_PATCH, num_labels=w.vocabulary
+    )
 
 
 _BUILD: dict[str, Callable[[Workload], nn.Module]] = {

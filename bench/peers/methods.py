@@ -65,14 +65,18 @@ def gradient_times_input(model: nn.Module, workload: Workload) -> Run:
     return run
 
 
-def fxlrp(composite: Any, backend: str) -> Callable[[nn.Module, Workload], Run]:
-    """fxlrp with a composite and a backend."""
+def fxlrp(composite: Any, backend: str, *, least: bool = False) -> Callable[[nn.Module, Workload], Run]:
+    """fxlrp with a composite and a backend; ``least``: in the least memory that it can."""
 
     def prepared(model: nn.Module, workload: Workload) -> Run:
         library = importlib.import_module("fxlrp")
         rules = composite(library) if callable(composite) else composite
         explainer = library.lrp_compile(model, rules, backend=backend)
         inputs = inputs_of(workload)
+        if least:
+            explainer(**inputs)
+            share = explainer.memory.least_share
+            explainer = library.lrp_compile(model, rules, backend=backend, memory_budget=share)
 
         def run() -> Tensor:
             found: Tensor = explainer(**inputs).relevance
@@ -152,6 +156,7 @@ METHODS: dict[str, tuple[Callable[[nn.Module, Workload], Run], Callable[[Workloa
     "gradient x input": (gradient_times_input, None),
     "fxlrp": (fxlrp("attnlrp", "eager"), None),
     "fxlrp inductor": (fxlrp("attnlrp", "inductor"), None),
+    "fxlrp, least memory": (fxlrp("attnlrp", "eager", least=True), None),
     "fxlrp gradient": (fxlrp("gradient", "eager"), None),
     "fxlrp epsilon": (fxlrp(_rule("Epsilon", 1e-6), "eager"), None),
     "fxlrp gamma": (fxlrp(_rule("Gamma", 0.25), "eager"), None),

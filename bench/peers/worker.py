@@ -9,6 +9,8 @@ failed. Nothing else is written to standard output.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -95,9 +97,10 @@ def _answer(command: dict[str, Any], run: Run) -> dict[str, Any]:
 
 def _versions() -> dict[str, Any]:
     found: dict[str, Any] = {"python": platform.python_version(), "threads": torch.get_num_threads()}
-    for name in ("torch", "transformers", "fxlrp", "captum"):
+    for name in ("torch", "transformers", "fxlrp", "captum", "lxt", "zennit"):
         if name in sys.modules:
-            found[name] = str(getattr(sys.modules[name], "__version__", "?"))
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[name] = importlib.metadata.version(name)
     return found
 
 

@@ -1,0 +1,85 @@
+"""Relevance with every optimisation of the graph off and on, over a part of the transformers library."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+from torch import Tensor, fx
+
+pytest.importorskip("transformers")
+
+import fxlrp
+from bench.zoo.check import Case, case_of
+from bench.zoo.rows import Row
+from fxlrp.compiler.pipeline import build
+from fxlrp.compiler.remat import MADE_BY
+from fxlrp.rules.base import vjp
+
+ROWS = [
+    *(Row("causal_lm", m) for m in ("llama", "gpt2", "gpt_neox", "bloom", "gemma2", "qwen3", "phi", "opt")),
+    *(Row("causal_lm", m) for m in ("mixtral", "olmo2")),
+    *(Row("masked_lm", m) for m in ("bert", "modernbert", "deberta-v2")),
+    *(Row("seq_cls", m) for m in ("distilbert", "albert", "qwen2")),
+    *(Row("seq2seq", m) for m in ("bart", "t5")),
+    *(Row("image_cls", m) for m in ("vit", "swin", "convnext")),
+    Row("audio_cls", "wav2vec2"),
+]
+COMPOSITES = ("attnlrp", "cp")  # cp has the frozen attention
+
+
+@pytest.fixture
+def unoptimised(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A compiler that moves no choice up, simplifies nothing, keeps every value and its order, and hands
+    frozen attention to the ordinary backward.
+    """
+    from fxlrp.compiler import pipeline
+
+    rematerialise = pipeline.rematerialise
+
+    def kept(graph: fx.GraphModule, *given: Any) -> Any:
+        return graph, rematerialise(graph, *given)[1]
+
+    monkeypatch.setattr("fxlrp.explainer.build", functools.partial(build, demand=False))
+    monkeypatch.setattr("fxlrp.compiler.pipeline.rematerialise", kept)
+    monkeypatch.setattr("fxlrp.rules.attention.attention_of_values", vjp)
+    for step in ("_simplify", "_fold_matmul", "_fold_slices", "_deduplicate"):
+        monkeypatch.setattr(f"fxlrp.compiler.cleanup.{step}", lambda *_: None)
+    return monkeypatch
+
+
+def explained(case: Case, composite: str, budget: float | None = None) -> tuple[fxlrp.Explainer, Any]:
+    explainer = fxlrp.lrp_compile(case.model, composite, backend="eager", memory_budget=budget)
+    found = explainer(**case.example.inputs, target=case.target).relevance
+    return explainer, found if isinstance(found, dict) else {"": found}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_relevance_is_that_of_the_plain_graph(row: Row, unoptimised: pytest.MonkeyPatch) -> None:
+    """Breaks if an optimisation changes relevance beyond rounding, in the default or in the least memory."""
+    case = case_of(row)
+    plain = {composite: explained(case, composite) for composite in COMPOSITES}
+    unoptimised.undo()
+    for composite, (explainer, expected) in plain.items():
+        default, found = explained(case, composite)
+        least, thrifty = explained(case, composite, default.memory.least_share)
+        assert nodes(default) < nodes(explainer)
+        assert default.memory.least_share > 0.99 or MADE_BY in made_by(least)
+        assert MADE_BY not in made_by(explainer)
+        for relevance in (found, thrifty):
+            assert relevance.keys() == expected.keys()
+            for name, reference in expected.items():
+                assert error(relevance[name], reference) <= 1e-5, composite
+
+
+def nodes(explainer: fxlrp.Explainer) -> int:
+    return sum(n.op == "call_function" for n in explainer.relevance_graph.graph.nodes)
+
+
+def made_by(explainer: fxlrp.Explainer) -> set[str]:
+    return {n.meta.get("made_by", "") for n in explainer.relevance_graph.graph.nodes}
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())

@@ -18,9 +18,9 @@ Predicted on an H200 (dense bf16, 790 TFLOP/s; products of 2 N M D operations ea
   pass over out and G (3 N E values), with ``score_epsilon`` one division for each score.
 - ``attention_frozen_relevance``: 2 products, so 2.5 times fewer than that backward.
 - K coefficients: scores and probabilities are computed once for each C of them (the table in ``tiles.py``).
-  A call of one takes 7 products and 2 passes of exponentials, which cost a product each at D = 128 and two at
-  D = 64. C together take ``5 C + 2`` and 2: 0.72 of as
-  many calls at D = 64 (C = 4 over keys, 2 over queries), 0.88 at D = 128 (2 and 1, for want of registers).
+  A pass of exponentials costs a product at D = 128 and two at D = 64. The kernel over keys for queries'
+  coefficients takes ``2 C + 1`` products and one such pass, that for keys and values ``3 C + 1`` and one:
+  0.66 of as many calls at D = 64 (C = 4 and 2), 0.89 at D = 128 (2 and 1, for want of registers).
 """
 
 from __future__ import annotations

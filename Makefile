@@ -29,7 +29,7 @@ demo: $(VENV)/.stamp-demo
 	@$(BIN)/fxlrp demo
 
 test: lint
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses=auto $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev $(VENV)/.stamp-encoder
 	@$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from ..compiler.graphs import placeholders, value
+from ..compiler.graphs import computing, placeholders, value
 from ..errors import ArtifactError, InputError, first_line
 from .expressions import Sizes, evaluate
 from .graph import DTYPES
@@ -43,7 +43,7 @@ def with_values(module: fx.GraphModule, header: Header, target: Kind, place: tor
         context: Any = StatelessSymbolicContext(dynamic_sizes=changes)
         node.meta["val"] = mode.from_tensor(given, symbolic_context=context, source=ConstantSource(node.name))
     try:
-        with mode, torch.no_grad():
+        with computing(mode):
             for node in module.graph.nodes:
                 if node.op == "get_attr":
                     node.meta["val"] = mode.from_tensor(getattr(module, str(node.target)), static_shapes=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from .choice import CHOICE, TARGETS, Choice, part, select_rows
-from .graphs import copy_graph, fake_mode, output_node, outputs, placeholders, value
+from .graphs import computing, copy_graph, fake_mode, output_node, outputs, placeholders, value
 
 
 def last_unpadded(mask: Tensor) -> Tensor:
@@ -86,6 +86,6 @@ def called(
     """A new node where the graph inserts, with its value, and with the provenance of a node near it."""
     node = graph.call_function(op, args)
     node.meta = {k: near.meta[k] for k in ("nn_module_stack", "stack_trace") if near and k in near.meta}
-    with mode, torch.no_grad():
+    with computing(mode):
         node.meta.update({"val": op(*fx.map_arg(args, value)), "made_by": "demand"})
     return node

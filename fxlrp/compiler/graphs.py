@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
 from ..rules.activation import op_name
@@ -117,14 +119,24 @@ def fake_mode(graph: fx.Graph) -> Any:
     raise AssertionError("a captured graph holds at least one fake tensor")
 
 
+@contextmanager
+def computing(mode: Any) -> Iterator[None]:
+    """Where ops compute fake values: without gradients, and by decompositions that know symbolic sizes.
+
+    PyTorch's rules for the shapes of some ops (addcmul with operands to broadcast) call others that take
+    symbols only by way of the Python dispatcher.
+    """
+    with mode, torch.no_grad(), enable_python_dispatcher():
+        yield
+
+
 def propagate(graph: fx.Graph) -> None:
     """Recompute the values of a graph under construction, from its inputs and weights on.
 
     Raises:
         RuntimeError: an op does not take what it would now be given.
     """
-    mode = fake_mode(graph)
-    with mode, torch.no_grad():
+    with computing(fake_mode(graph)):
         for node in graph.nodes:
             if node.op == "call_function" and "val" in node.meta:
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)

@@ -18,7 +18,7 @@ from ..rules.base import Call, Cotangent, Linearization
 from ..rules.linear import Epsilon, Structural
 from ..rules.norm import NormRule
 from ..rules.product import Uniform
-from .graphs import arg, fake_mode, tree, value
+from .graphs import arg, computing, fake_mode, tree, value
 from .rewrite import RuleOp, is_rule, rule_op
 from .served import activation_name, norm_arguments, norm_refusal
 
@@ -75,7 +75,7 @@ def call_of(node: fx.Node) -> Call:
 
 
 def _value(graph: fx.Graph, step: RuleOp, args: Sequence[Any]) -> Any:
-    with fake_mode(graph), torch.no_grad():
+    with computing(fake_mode(graph)):
         return step(*map(value, args))
 
 

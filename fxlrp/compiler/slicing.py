@@ -21,7 +21,7 @@ from .activity import candidates
 from .choice import CHOICE, ROW, TARGETS, Choice, Reading, reading
 from .commute import Places, attention_operands, places, same, sized, tensor_of
 from .demand import called, without_dead
-from .graphs import arg, copy_graph, fake_mode, is_float, is_op, leaves, tree, value
+from .graphs import arg, computing, copy_graph, fake_mode, is_float, is_op, leaves, tree, value
 
 aten = torch.ops.aten
 
@@ -186,7 +186,7 @@ class _Demand:
 
     def compute(self, node: fx.Node) -> None:
         """A node's value, anew."""
-        with self.mode, torch.no_grad():
+        with computing(self.mode):
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
             op: Any = node.target
             node.meta["val"] = op(*args, **kwargs)

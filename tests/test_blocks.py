@@ -23,7 +23,7 @@ from fxlrp.compiler.blocks import Outlined, outline
 from fxlrp.compiler.cudagraphs import Replayed
 from fxlrp.compiler.graphs import is_op
 from fxlrp.compiler.inductor import Layout
-from fxlrp.compiler.lower import direct, lower
+from fxlrp.compiler.lower import direct
 from fxlrp.compiler.repeats import Run, runs
 
 
@@ -243,13 +243,6 @@ def test_each_block_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(found.relevance, expected.relevance, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.value, expected.value, rtol=1e-5, atol=1e-6)
         assert len(compiled) == 4
-    whole = lower(inductor.relevance_graph, "inductor", torch.device("cpu"), blocks=False)
-    by_blocks = lower(inductor.relevance_graph, "inductor", torch.device("cpu"))
-    given = tokens(7, 4).values()
-    for one, other in zip(
-        pytree.tree_leaves(by_blocks(*given)), pytree.tree_leaves(whole(*given)), strict=True
-    ):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
 _SECOND = """
@@ -258,7 +251,7 @@ sys.path[:0] = sys.argv[1:]
 import torch, fxlrp
 from oracles import models
 ids, mask = models.token_batch(1, (7, 4), "right")
-model = models.tiny_bert(num_hidden_layers=3).float()
+model = models.tiny_bert(num_hidden_layers=1).float()
 fxlrp.lrp_compile(model, backend="inductor")(input_ids=ids, attention_mask=mask)
 found = torch._dynamo.utils.counters["inductor"]
 print(found["fxgraph_cache_hit"], found["fxgraph_cache_miss"])

@@ -24,7 +24,7 @@ import torch
 
 import fxlrp
 
-from .timing import versions
+from .timing import save, versions
 from .workloads import first_use, ids, make
 
 #: What 32 layers may take over 4.
@@ -114,10 +114,7 @@ def main() -> None:
     print(f"\nLimit for 32 layers over 4, cold: {LIMIT}")
     print(", ".join(f"{k} {v}" for k, v in measured.items()))
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(
-            json.dumps({"versions": measured, "limit": LIMIT, "results": results}, indent=1)
-        )
+        save(options.out, {"versions": measured, "limit": LIMIT, "results": results})
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from .peak import peak_above
 from .products import replay
 from .reference import gradient_times_input
 from .subjects import SUBJECTS, Subject
-from .timing import interleaved, ratio, versions
+from .timing import interleaved, ratio, save, versions
 from .workloads import first_use, ids, make
 
 FORWARD, GRADIENT, PRODUCTS = "forward", "gradient x input", "products"
@@ -42,7 +42,7 @@ PRODUCTS_LIMIT = 1.2
 #: What cp may take over attnlrp, which computes coefficients of queries and keys too.
 CP_LIMIT = 0.88
 #: Seconds that the rounds of one cell take; at least five rounds are run.
-BUDGET = 60.0
+BUDGET = 40.0
 
 
 class Contenders:
@@ -212,7 +212,8 @@ def main() -> None:
         print(json.dumps(_alone_here(int(options.alone[0]), options.alone[1])))
         return
     names = CONTENDERS[:-1] if options.quick else CONTENDERS
-    results = []
+    measured, results = versions(), []
+    seconds = tracing()
     for i in options.only if options.only is not None else range(len(SUBJECTS)):
         found = measure(SUBJECTS[i], names, options.quick)
         if not options.quick:
@@ -220,16 +221,11 @@ def main() -> None:
             for what in ("first s", "peak MiB"):
                 found[0][what] = {name: figures[what] for name, figures in by_name.items()}
         results += found
-    seconds = tracing()
-    measured = versions()
+        if options.out:  # after each model, so that a run cut short leaves what it measured
+            save(options.out, {"versions": measured, "tracing 32 layers": seconds, "results": results})
     print(f"Times over eager Gradient x Input:\n\n{table(results)}")
     print(f"\nTracing and rewriting a 32-layer Llama: {seconds:.1f} s (limit 15 s)")
     print(", ".join(f"{k} {v}" for k, v in measured.items()))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(
-            json.dumps({"versions": measured, "tracing 32 layers": seconds, "results": results}, indent=1)
-        )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ relevance is equal with every budget. Autograd keeps what any eager implementati
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import fxlrp
 
 from .peak import peak_above
 from .reference import gradient_times_input
-from .timing import interleaved, ratio, versions
+from .timing import interleaved, ratio, save, versions
 from .workloads import Built, ids, make
 
 AUTOGRAD = "gradient x input"
@@ -144,8 +143,7 @@ def main() -> None:
     text = f"{table(rows)}\n\n{', '.join(f'{k} {v}' for k, v in measured.items())}"
     print(text)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"versions": measured, "rows": rows}, indent=1) + "\n")
+        save(options.out, {"versions": measured, "rows": rows})
         options.out.with_suffix(".md").write_text(f"{text}\n")
 
 

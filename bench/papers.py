@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 import fxlrp
 
+from .timing import save
+
 _GIB = 2**30
 
 
@@ -211,7 +213,7 @@ def main() -> None:
         results.append(json.loads(done.stdout.splitlines()[-1]))
     print(markdown(results))
     if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        save(options.out, results)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ float64, of the class that each predicts. Models are tiny, with random weights.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import fxlrp
 
 from .models import CASES, Case
 from .reference import gradient_times_input
-from .timing import versions
+from .timing import save, versions
 
 DTYPES = (torch.bfloat16, torch.float16)
 #: What the error may be over that of autograd.
@@ -92,9 +91,8 @@ def main() -> None:
     results = measure(cases[:2] if options.quick else cases, options.composite)
     print(table(results, options.composite))
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         data = {"versions": versions(), "composite": options.composite, "limit": LIMIT, "results": results}
-        options.out.write_text(json.dumps(data, indent=1) + "\n")
+        save(options.out, data)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ gate; reported are medians of ratios of neighbouring runs.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 import fxlrp
 from fxlrp.rules import AlphaBeta, Box, Epsilon, Flat, Gamma, Rule, WSquare, ZPlus
 
-from .timing import interleaved, ratio, versions
+from .timing import interleaved, ratio, save, versions
 
 _RESULTS = Path(__file__).parent / "results"
 BASELINE = "Epsilon()"
@@ -224,8 +223,7 @@ def main() -> None:
         print(line)
     name = f"rules{'_vit' if options.vit else ''}_{'gpu' if is_gpu else 'cpu'}.json"
     out = options.out or _RESULTS / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"versions": measured, "results": results}, indent=1))
+    save(out, {"versions": measured, "results": results})
 
 
 if __name__ == "__main__":

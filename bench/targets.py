@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 import fxlrp
 
-from .timing import interleaved, ratio, versions
+from .timing import interleaved, ratio, save, versions
 from .workloads import Built, ids, llama, make, vision
 
 
@@ -106,8 +105,7 @@ def main() -> None:
     said = ", ".join(f"{k} {v}" for k, v in measured.items())
     print(f"{table(results)}\n\n{said}")
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"versions": measured, "results": results}, indent=1) + "\n")
+        save(options.out, {"versions": measured, "results": results})
         options.out.with_suffix(".md").write_text(f"{table(results)}\n\n{said}\n")
 
 

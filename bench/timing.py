@@ -1,12 +1,14 @@
-"""How benchmarks take times: interleaved in one process, and what they were taken with."""
+"""How benchmarks take times, interleaved in one process, and what they keep of them."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +45,12 @@ def versions() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
     }
+
+
+def save(path: Path, results: Any) -> None:
+    """Results as JSON, in a folder that may be new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _wait() -> None:

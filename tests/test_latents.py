@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import models
+from torch import Tensor, nn
 
 import fxlrp
 
@@ -116,3 +117,18 @@ def test_views_refuse_what_they_cannot_show(explanation: fxlrp.Explanation) -> N
         explanation.heads("model.layers.0.self_attn")
     with pytest.raises(fxlrp.InputError, match="which is not 5 heads"):
         explanation.heads("model.layers.0.self_attn", count=5)
+
+
+def test_latents_beside_the_targets_path_are_left_out() -> None:
+    """Breaks if a latent that nothing of the target is computed from is looked for in the sliced graph."""
+
+    class TwoOutputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.beside = nn.Linear(4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.own(x), self.beside(x)
+
+    explained = fxlrp.lrp_compile(TwoOutputs().eval(), latents=("own", "beside"))
+    assert explained(torch.randn(2, 4), target=1).latents.keys() == {"own"}

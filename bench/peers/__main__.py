@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..timing import ratio, versions
+from ..timing import ratio, save, versions
 from .describe import Workload, model_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,11 +248,10 @@ def main() -> None:
         result = run(contest, rounds, options.gate, memory=not options.quick)
         failed += [f"{name}: {why}" for name, why in result["left out"].items()]
         results.append(result)
+        if options.out:  # after each contest, so that a run cut short leaves what it measured
+            save(options.out, {"versions": measured, "results": results})
     print(table(results))
     print(", ".join(f"{k} {v}" for k, v in measured.items()))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"versions": measured, "results": results}, indent=1) + "\n")
     if failed:
         sys.exit(f"Left out: {'; '.join(failed)}")
 

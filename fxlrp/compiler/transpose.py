@@ -105,30 +105,25 @@ class _Transposition(Backward):
             if node in self.carried and is_rule(node):
                 self.carry(node)
         by_input = self._relevance(kept)
-        by_name = {node.name: node for node in nodes}
-        latents = tuple(
-            self._last(*self._relevance_at(by_name[at], kept))
-            for at in self.latents.values()
-            if by_name[at] in kept or by_name[at] in self.carried
-        )
+        # A latent that nothing of the target is computed from is no node here, or one that nothing reaches.
+        by_name = {node.name: node for node in nodes if node in kept or node in self.carried}
+        reached = {name: by_name[at] for name, at in self.latents.items() if at in by_name}
+        latents = tuple(self._last(*self._relevance_at(node, kept)) for node in reached.values())
         labels = {s.name for s in self.sources if isinstance(s, PositionLeaf)}
         inputs = tuple(name for name in by_input if name not in labels)
         located = tuple(name for name in by_input if name in labels)
         ends = {name: self._last(*pair) for name, pair in by_input.items()}
         relevance = tuple(ends[name][0] for name in (*inputs, *located))
         ways = (relevance, scalar, tuple(ends[name][1] for name in inputs), latents)
-        reached = {
+        weighed = {
             name: self._call("parameter", relevance_of, node, self.weighed[node])
             for name, at in self.parameters.items()
             for node in nodes
             if node.op == "get_attr" and str(node.target) == at and node in self.weighed
         }
-        self.graph.output((*ways, tuple(reached.values())) if self.parameters else ways)
+        self.graph.output((*ways, tuple(weighed.values())) if self.parameters else ways)
         graph = clean(self.module, self.graph, self.constants)
-        found = tuple(
-            n for n, at in self.latents.items() if by_name[at] in kept or by_name[at] in self.carried
-        )
-        return Relevance(graph, inputs, found, located, tuple(reached))
+        return Relevance(graph, inputs, tuple(reached), located, tuple(weighed))
 
     def _weigh(self, node: fx.Node, weights: set[fx.Node]) -> None:
         """Hand a node's coefficient on to what it is made of parameters."""

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import fxlrp
 
@@ -77,8 +78,13 @@ class Contenders:
         return {name: made[name] for name in names}
 
 
-def gate(model: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """Correctness first: the gradient composite equals autograd, the ledger closes, both backends agree."""
+def gate(contenders: Contenders, inputs: dict[str, Tensor], names: tuple[str, ...]) -> None:
+    """Correctness first: the gradient composite equals autograd, ledgers close, and backends agree.
+
+    Raises:
+        AssertionError: one of it does not hold.
+    """
+    model = contenders.model
     _, expected = gradient_times_input(model, inputs)
     gradient = fxlrp.lrp_compile(model, "gradient", backend="eager")
     found = gradient(**inputs).relevance
@@ -86,9 +92,14 @@ def gate(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     for name, reference in expected.items():
         scale = float(reference.abs().max())
         torch.testing.assert_close(found[name], reference, rtol=0, atol=1e-4 * scale)
-    explanation = gradient.with_composite("attnlrp")(**inputs)
-    if explanation.ledger.residual > 1e-4:
-        raise AssertionError(f"the ledger does not close: {explanation.ledger.residual:.1e}")
+    explanation = contenders.eager(**inputs)
+    for checked in (explanation, contenders.cp(**inputs)):
+        if checked.ledger.residual > 1e-4:
+            raise AssertionError(f"the ledger does not close: {checked.ledger.residual:.1e}")
+    if INDUCTOR in names:
+        by_inductor = tree_leaves(contenders.inductor(**inputs).relevance)
+        for compiled, eager in zip(by_inductor, tree_leaves(explanation.relevance), strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-4 * float(eager.abs().max()))
 
 
 def measure(subject: Subject, names: tuple[str, ...], quick: bool) -> list[dict[str, Any]]:
@@ -98,7 +109,7 @@ def measure(subject: Subject, names: tuple[str, ...], quick: bool) -> list[dict[
     for batch, length in subject.cells[:1] if quick else subject.cells:
         print(f"{subject.name}, {batch}x{length} ...", file=sys.stderr, flush=True)
         inputs = subject.inputs(batch, length)
-        gate(contenders.model, inputs)
+        gate(contenders, inputs, names)
         run = contenders.runs(inputs, names)
         for function in run.values():
             function()

@@ -56,6 +56,8 @@ _LXT = {"LXT": "fxlrp"}
 _OURS = ("forward", "gradient x input", "fxlrp", "fxlrp inductor", "fxlrp gradient")
 _LEAST = ("forward", "gradient x input", "fxlrp", "fxlrp, least memory", "fxlrp gradient")
 _LINEAR = {"zennit epsilon": "fxlrp epsilon", "zennit gamma": "fxlrp gamma"}
+#: Contenders of ours that must agree.
+_SAME = dict.fromkeys(("fxlrp inductor", "fxlrp, least memory"), "fxlrp")
 #: What ratios are taken over.
 _BASES = ("forward", "gradient x input", "LXT", "fxlrp", "zennit epsilon", "zennit gamma")
 #: Seconds that the rounds of a contest take; at least five rounds are run.
@@ -171,7 +173,7 @@ def run(contest: Contest, rounds: int | None, gate: float, *, memory: bool) -> d
                 continue
             relevance[name] = load_file(str(Path(folder) / "relevance"))["relevance"]
             workers[name], result["versions"][name] = worker, versions
-        for name, reference in contest.peers.items():
+        for name, reference in {**contest.peers, **_SAME}.items():
             if reference is not None and name in relevance and reference in relevance:
                 found = difference(relevance[name], relevance[reference])
                 result["gate"][f"{name} against {reference}"] = found

@@ -131,7 +131,9 @@ def norm_arguments(call: Call) -> tuple[dict[str, Any], bool]:
     centred = op_name(call.op) == "layer_norm"
     given = _named(call, _LAYER_NORM if centred else _RMS_NORM)
     if given["eps"] is None:
-        given["eps"] = 1e-5 if centred else torch.finfo(given["x"].dtype).eps
+        # PyTorch takes that of the dtype in which it computes.
+        wide = torch.promote_types(given["x"].dtype, torch.float32)
+        given["eps"] = 1e-5 if centred else torch.finfo(wide).eps
     return given, centred
 
 

@@ -76,7 +76,7 @@ def forward(
         weight,
         weight if bias is None else bias,
         z if both is None else both,
-        absolute if both is None else both[0, 1],
+        absolute,
         rows,
         columns,
         depth,
@@ -202,7 +202,8 @@ def _forward_variant(
     kind, order = DTYPES[dtype], "w_n" if transposed else "w_d"
     signature = {
         **dict.fromkeys(("x", "weight", "bias"), f"*{kind}"),
-        **dict.fromkeys(("out", "out_absolute"), "*fp32" if parts > 1 else f"*{kind}"),
+        "out": "*fp32" if parts > 1 else f"*{kind}",
+        "out_absolute": f"*{kind}",
         **dict.fromkeys(("rows", "columns", "depth", "x_m", "w_n", "w_d"), "i32"),
     }
     del signature[order]

@@ -33,8 +33,8 @@ def forward_kernel(
     GROUP: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """``out[part, m, n] = sum_d x[m, d] weight[n, d] + bias[n]``, and the same of absolute values; parts lie
-    two outputs apart.
+    """``out[part, m, n] = sum_d x[m, d] weight[n, d] + bias[n]``, and the same of absolute values, in
+    `out_absolute`; of several parts in ``out[part, 1]``, with parts two outputs apart.
     """
     row_block, column_block = tile_of(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
     part = tl.program_id(1)
@@ -62,6 +62,8 @@ def forward_kernel(
     size = tl.cast(rows, tl.int64) * columns
     place = part * 2 * size + down(m * columns, SWAP) + across(n, SWAP)
     tl.store(out + place, signed.to(out.dtype.element_ty), mask=inside)
+    if PARTS > 1:  # not by an argument that lies in `out`: one that is written must be no other's view
+        out_absolute = out + size
     tl.store(out_absolute + place, absolute.to(out.dtype.element_ty), mask=inside)
 
 

@@ -17,10 +17,14 @@ _BLOCK = 1024
 
 def add_parts(parts: Tensor, out: Tensor, other: Tensor | None = None) -> None:
     """Write ``parts[:, 0].sum(0)`` to `out` and ``parts[:, 1].sum(0)`` to `other`, summed up in order."""
-    n, outs = out.numel(), 1 if other is None else 2
-    launch(sum_parts)[(-(-n // _BLOCK), outs)](
-        parts, out, out if other is None else other, n, PARTS=parts.shape[0], OUTS=outs, BLOCK=_BLOCK
-    )
+    # Two kernels, and not one that is given `out` twice: functionalization makes a copy of what a launch
+    # writes for each time that it is an argument, and keeps one.
+    n = out.numel()
+    grid = -(-n // _BLOCK)
+    if other is None:
+        launch(sum_parts)[(grid,)](parts, out, n, PARTS=parts.shape[0], BLOCK=_BLOCK)
+    else:
+        launch(sum_both)[(grid, 2)](parts, out, other, n, PARTS=parts.shape[0], BLOCK=_BLOCK)
 
 
 @triton.jit
@@ -71,11 +75,23 @@ def dot(a, b, total, PRECISION: tl.constexpr, SWAP: tl.constexpr):
 
 
 @triton.jit
-def sum_parts(parts, out, other, n, PARTS: tl.constexpr, OUTS: tl.constexpr, BLOCK: tl.constexpr):
-    """``out[i] = sum_p parts[p, 0, i]``, and `other` of ``parts[p, 1]``; one block of i a program."""
-    if tl.program_id(1) == 1:
-        out = other
-        parts += n
+def sum_parts(parts, out, n, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """``out[i] = sum_p parts[p, i]``; one block of i a program."""
+    _sum(parts, out, tl.cast(n, tl.int64), 1, PARTS, BLOCK)
+
+
+@triton.jit
+def sum_both(parts, out, other, n, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """``out[i] = sum_p parts[p, 0, i]``, and `other` of ``parts[p, 1]``; a block of one of them a program."""
+    size = tl.cast(n, tl.int64)
+    if tl.program_id(1) == 0:
+        _sum(parts, out, size, 2, PARTS, BLOCK)
+    else:
+        _sum(parts + size, other, size, 2, PARTS, BLOCK)
+
+
+@triton.jit
+def _sum(parts, out, n, OUTS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     total = tl.zeros((BLOCK,), tl.float32)
@@ -86,9 +102,11 @@ def sum_parts(parts, out, other, n, PARTS: tl.constexpr, OUTS: tl.constexpr, BLO
 
 
 def variants() -> Iterator[Variant]:
-    """The sum for each dtype, and the least and most parts."""
+    """Both sums for each dtype, and the least and most parts."""
     for kind in DTYPES.values():
         for parts in (2, PARTS):
-            signature = {"parts": "*fp32", "out": f"*{kind}", "other": f"*{kind}", "n": "i32"}
-            constants = {"PARTS": parts, "OUTS": 2, "BLOCK": _BLOCK}
-            yield Variant(f"sum of {parts} parts, {kind}", sum_parts, signature, constants)
+            one = {"parts": "*fp32", "out": f"*{kind}", "n": "i32"}
+            constants = {"PARTS": parts, "BLOCK": _BLOCK}
+            yield Variant(f"sum of {parts} parts, {kind}", sum_parts, one, constants)
+            both = {**one, "other": f"*{kind}"}
+            yield Variant(f"two sums of {parts} parts, {kind}", sum_both, both, constants)

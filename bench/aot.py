@@ -87,10 +87,13 @@ class Compiled:
     error: str = ""
 
     def fault(self) -> str:
-        """Why this must not be launched by default; empty where it may."""
+        """Why this must not be launched by default, or, of an alternative, not even measured; empty where it
+        may.
+        """
+        if self.error:
+            return f"does not compile: {self.error}"
         limit = next(t.shared_limit for t in TARGETS if t.name == self.target)
         faults = [
-            f"does not compile: {self.error}" if self.error else "",
             f"spills {self.spilled} bytes a thread" if self.spilled else "",
             f"wants {self.shared} bytes of shared memory of {limit}" if self.shared > limit else "",
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 
 class FxlrpError(Exception):
     """Base class of every error that fxlrp raises on purpose."""
@@ -59,6 +61,16 @@ def place(module_path: str, source: str) -> str:
     """Where a node comes from, as far as the trace knows: ``module path (file:line)``."""
     known = [part for part in (module_path and f"module '{module_path}'", source) if part]
     return ", ".join(known) or "an unknown place"
+
+
+#: What PyTorch's allocators for the CPU say, whose error has no class of its own.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of PyTorch's, or of Python's, is that there is no memory left."""
+    said = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(t in said for t in _NO_MEMORY)
 
 
 def first_line(error: BaseException) -> str:

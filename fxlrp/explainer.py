@@ -98,8 +98,8 @@ def lrp_compile(
             notes say which are used, and why others are not.
         memory_budget: how much memory an explanation may take beside weights and inputs: None computes again
             only what is next to free; a float in (0, 1] is a share of what that takes, an int is bytes.
-            Estimated at the first call's sizes; ``explainer.memory`` has the figures. The less, the more of
-            the forward runs twice, at most all of it.
+            Estimated; a share counts at the first call's sizes. ``explainer.memory`` has the figures. The
+            less, the more of the forward runs twice, at most all of it.
 
     Returns:
         An explainer to call as the model itself, with ``target=`` on top.
@@ -188,6 +188,14 @@ class Explainer:
             return self._explain(args, kwargs, target)
 
     def _explain(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Explanation:
+        built: list[Compiled] = []
+        with advised(lambda: built[-1].program.memory if built else None):
+            return self._explained_by(built, args, kwargs, target)
+
+    def _explained_by(
+        self, built: list[Compiled], args: tuple[Any, ...], kwargs: dict[str, Any], target: Any
+    ) -> Explanation:
+        """An explanation; the programs that run for it are added to `built`."""
         wanted = as_target(target)
         bound = bind(self.model, args, kwargs)
         refuse_empty(bound)
@@ -198,25 +206,20 @@ class Explainer:
         several = bundle_of(trace, bound, wanted) if is_several(wanted) else None
         if several is None:
             operands = operands_of(trace, bound, wanted)
-            compiled = self._program(trace, bound, wanted)
-            self._remember(compiled, bound, args, kwargs, wanted.key)
-            with advised(compiled.program.memory):
-                relevance, scalar, coefficients, latents, *weights = compiled.runner(
-                    *bound.tensors, *operands
-                )
+            built.append(self._program(trace, bound, wanted))
+            self._remember(built[-1], bound, args, kwargs, wanted.key)
+            relevance, scalar, coefficients, latents, *weights = built[-1].runner(*bound.tensors, *operands)
         else:
 
             def run(start: int, stop: int) -> Any:
                 part = several.part(start, stop)
-                compiled = self._program(trace, bound, part)
-                self._remember(compiled, bound, args, kwargs, part.key)
-                with advised(compiled.program.memory):
-                    return compiled.runner(*bound.tensors, *part.operands)
+                built.append(self._program(trace, bound, part))
+                self._remember(built[-1], bound, args, kwargs, part.key)
+                return built[-1].runner(*bound.tensors, *part.operands)
 
             operands = several.operands
             relevance, scalar, coefficients, latents, *weights = in_chunks(run, several.count, self.chunk)
-            compiled = self._program(trace, bound, several)
-        program = compiled.program
+        program = built[-1].program
         if not any(t.dim() > 0 and t.shape[0] == scalar.shape[0] for t in bound.tensors):
             raise TargetError(
                 f"The target gives {scalar.shape[0]} scalars for inputs of shapes "
@@ -235,7 +238,11 @@ class Explainer:
             dict(zip(program.relevance.parameters, *weights, strict=True)) if weights else {},
             lambda: self._run_model(bound),
             lambda: self._account(
-                program, bound, operands, dict(zip((*names, *positions), relevance, strict=True))
+                # Of all targets at once, where the last program was one of some.
+                program if several is None else self._program(trace, bound, several).program,
+                bound,
+                operands,
+                dict(zip((*names, *positions), relevance, strict=True)),
             ),
         )
 
@@ -525,7 +532,9 @@ class Explainer:
     ) -> Compiled:
         rows, seed = seed_of(trace, bound, target, lead)
         key = (trace, target.key, rows, lead if isinstance(lead, int) else None)
-        if key not in self._programs:
+        sizes = _sizes(trace, bound, target, lead)
+        known = self._programs.get(key)
+        if known is None or not known.program.memory.fits(sizes):
             notes = (f"captured by {trace.captured.method}", *trace.captured.notes)
             if target.key in trace.fixed_counts:
                 notes += (f"one program for each number of targets: {trace.fixed_counts[target.key]}",)
@@ -542,7 +551,7 @@ class Explainer:
                     latents=latents,
                     parameters=named(trace.canonical.graph, self.model, self.parameters),
                     budget=self.memory_budget,
-                    sizes=_sizes(trace, bound, target, lead),
+                    sizes=sizes,
                     notes=notes,
                     kernels=self.kernels,
                 )

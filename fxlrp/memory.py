@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .compiler.budget import Memory
-
-#: What PyTorch's allocators for the CPU say, whose error has no class of its own.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory")
+from .errors import is_out_of_memory
 
 
 def in_chunks(run: Callable[[int, int], Any], count: int, chunk: int | None) -> Any:
@@ -32,7 +30,7 @@ def in_chunks(run: Callable[[int, int], Any], count: int, chunk: int | None) -> 
             parts.append(run(start, stop))
             start = stop
         except RuntimeError as error:
-            if stop - start == 1 or not _is_out_of_memory(error):
+            if stop - start == 1 or not is_out_of_memory(error):
                 raise
             size = (stop - start + 1) // 2
             # Out of the handler before the next try: until then the error keeps the failed run's tensors.
@@ -40,27 +38,35 @@ def in_chunks(run: Callable[[int, int], Any], count: int, chunk: int | None) -> 
 
 
 @contextlib.contextmanager
-def advised(memory: Memory) -> Iterator[None]:
+def advised(memory: Callable[[], Memory | None]) -> Iterator[None]:
     """A region in which running out of memory says how to take less: a note on the error, which stays as it
-    is.
+    is. `memory` gives that of the program that ran, or None where none was built yet.
     """
     try:
         yield
-    except RuntimeError as error:
-        if _is_out_of_memory(error):
-            error.add_note(
-                f"fxlrp: {memory.describe()}. "
-                f"lrp_compile(..., memory_budget={memory.least_share}) takes the least that can be, "
-                f"{memory.least.peak / 2**20:.1f} MiB; any share of the default between computes less again."
-            )
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            error.add_note(f"fxlrp: {_advice(memory())}")
         raise
+
+
+def _advice(memory: Memory | None) -> str:
+    if memory is None:
+        return (
+            "memory ran out while the model was captured and its graph checked, which takes a forward and an "
+            "ordinary backward pass. Explain a shorter input or a smaller batch first: what is captured then "
+            "serves other sizes, too, and lrp_compile(..., memory_budget=...) bounds what explanations take."
+        )
+    said = f"{memory.describe()}, at the sizes of the first call. "
+    if memory.chosen.peak <= memory.least.peak:
+        return said + "This is the least that can be. Give shorter inputs, smaller batches or fewer targets."
+    return (
+        f"{said}lrp_compile(..., memory_budget={memory.least_share}) takes the least that can be, "
+        f"{memory.least.peak / 2**20:.1f} MiB; any share of the default between computes less again."
+    )
 
 
 def _joined(parts: list[Any]) -> Any:
     leaves = [pytree.tree_leaves(part) for part in parts]
     tensors: list[Tensor] = [torch.cat(column, 1) for column in zip(*leaves, strict=True)]
     return pytree.tree_unflatten(tensors, pytree.tree_structure(parts[0]))
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(said in str(error).lower() for said in _NO_MEMORY)

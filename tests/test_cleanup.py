@@ -81,3 +81,67 @@ def test_a_piece_beyond_the_whole_is_added() -> None:
     given = torch.randn(2, 2), torch.randn(2, 4)
     found, _ = cleaned(thrice, *given)
     torch.testing.assert_close(found(*given), thrice(*given), rtol=0, atol=0)
+
+
+def rows(x: Tensor, w: Tensor) -> Tensor:
+    return x.view(6, 4) @ w
+
+
+#: By rewrite, a graph in which it fires and one in which it must not: functions, and the ops that are left.
+PAIRS: dict[str, tuple[tuple[Any, dict[str, int]], tuple[Any, dict[str, int]]]] = {
+    "transposed twice": (
+        (lambda x, w: w.t().t() * 2, {"mul": 1}),
+        (lambda x, w: w.t() * 2, {"t": 1, "mul": 1}),
+    ),
+    "shape as before": (
+        (lambda x, w: x.view(2, 3, 4) * 2, {"mul": 1}),
+        (lambda x, w: x.view(2, 12) * 2, {"reshape": 1, "mul": 1}),
+    ),
+    "product of rows": (
+        (lambda x, w: rows(x, w).view(2, 3, 5), {"matmul": 1}),
+        (lambda x, w: rows(x, w).view(3, 2, 5), {"reshape": 2, "mm": 1}),
+    ),
+    "rows read elsewhere": (
+        (lambda x, w: rows(x, w).view(2, 3, 5), {"matmul": 1}),
+        (
+            lambda x, w: (lambda y: y.view(2, 3, 5) + y.sum())(rows(x, w)),
+            {"reshape": 2, "mm": 1, "sum": 1, "add": 1},
+        ),
+    ),
+    "computed twice": (
+        (lambda x, w: x.sin() + x.sin(), {"sin": 1, "add": 1}),
+        (lambda x, w: x.sin() + x.cos(), {"sin": 1, "cos": 1, "add": 1}),
+    ),
+    "constants of one type": (
+        (lambda x, w: x * 2 + x * 2, {"mul": 1, "add": 1}),
+        (lambda x, w: x * 2 + x * 2.0, {"mul": 2, "add": 1}),
+    ),
+    "random numbers": (
+        (lambda x, w: x.sin() + x.sin(), {"sin": 1, "add": 1}),
+        (lambda x, w: torch.rand_like(x) + torch.rand_like(x), {"rand_like": 2, "add": 1}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_each_rewrite_fires_and_does_not(name: str) -> None:
+    """Breaks if a rewrite is lost, or applied where the result is another."""
+    given = torch.randn(2, 3, 4), torch.randn(4, 5)
+    for function, expected in PAIRS[name]:
+        found, ops = cleaned(function, *given)
+        assert ops == expected
+        if "rand_like" not in ops:
+            torch.testing.assert_close(found(*given), function(*given))
+
+
+@pytest.mark.parametrize(("user", "left"), [(aten.mul.Tensor, 0), (aten.cumsum.default, 1)])
+def test_contiguity_that_no_kernel_needs_is_dropped(user: Any, left: int) -> None:
+    """Kept before ops whose kernels may read their operand as if it were contiguous."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    copied = graph.call_function(aten.contiguous.default, (graph.call_function(aten.t.default, (x,)),))
+    graph.output(graph.call_function(user, (copied, 0 if left else copied)))
+    found = clean(torch.nn.Module(), graph, {})
+    assert sum(n.target is aten.contiguous.default for n in found.graph.nodes) == left
+    given = torch.randn(3, 4)
+    torch.testing.assert_close(found(given), user(given.t(), 0 if left else given.t()))

@@ -53,7 +53,9 @@ def test_gradient_equals_autograd_and_every_ledger_closes(case: Case) -> None:
 
 @pytest.mark.parametrize("case", EVERY)
 def test_double_precision(case: Case) -> None:
-    """fp64: ledger 1e-9 for every composite, with the attention that the fp32 test trusts least."""
+    """fp64: ledger 1e-9 for the papers' composites and, in turn, one of the others, with the attention that
+    the fp32 test trusts least.
+    """
     model = case.model(case.attentions[-1], torch.float64)
     inputs = case.example(torch.float64)
     try:
@@ -61,7 +63,8 @@ def test_double_precision(case: Case) -> None:
     except RuntimeError as error:
         pytest.skip(f"the model itself does not run in float64: {error}")
     explainer = fxlrp.lrp_compile(model)
-    for composite in ("attnlrp", "cp", "ali", "gradient", "attnlrp-gamma", "attribution-graph", "pa"):
+    other = ("attnlrp-gamma", "attribution-graph", "pa")[CASES.index(case) % 3]
+    for composite in ("attnlrp", "cp", "ali", "gradient", other):
         explanation = explainer.with_composite(composite)(**inputs)
         assert explanation.ledger.residual < 1e-9, composite
 

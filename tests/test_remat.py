@@ -233,25 +233,84 @@ def test_a_budget_that_cannot_be_met_says_what_can(usual: fxlrp.Explainer, budge
     budgeted(usual, said)(example())
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory."),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
-    ],
-)
-def test_running_out_of_memory_names_the_setting(usual: fxlrp.Explainer, error: RuntimeError) -> None:
-    """Breaks if the one who runs out of memory is not told of the setting, or the error changes its class."""
-    with pytest.raises(type(error)) as caught, advised(usual.memory):
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+]
+
+
+def failing(error: Exception) -> Any:
+    """A function that raises."""
+
+    def fail(*given: Any, **settings: Any) -> Any:
         raise error
-    assert caught.value is error and f"memory_budget={usual.memory.least_share}" in error.__notes__[0]
+
+    return fail
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_running_out_of_memory_names_the_setting(
+    usual: fxlrp.Explainer, error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if the one who runs out of memory is not told of the setting, or the error changes its class."""
+    error = type(error)(*error.args)
+    explainer, least = budgeted(usual, 1.0), usual.memory.least_share
+    monkeypatch.setattr("fxlrp.explainer.lower", lambda *given: failing(error))
+    for target in (None, [1, 2]):
+        with pytest.raises(type(error)) as caught:
+            explainer(example(), target=target)
+        assert caught.value is error and f"memory_budget={least}" in error.__notes__[0]
+    tight = budgeted(usual, least)
+    with pytest.raises(type(error)):
+        tight(example())
+    assert "the least that can be" in error.__notes__[-1] and "shorter inputs" in error.__notes__[-1]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+@pytest.mark.parametrize("place", ["call_model", "compare", "compare_gradients"])
+def test_running_out_of_memory_while_capturing_says_so(
+    place: str, error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if it is taken for the model's fault, or for that of a step of the ladder."""
+    error = type(error)(*error.args)
+    if place == "call_model":
+        model = nn.Identity()
+        model.forward = failing(error)  # type: ignore[method-assign]
+    else:
+        model = nn.Linear(3, 2)
+        monkeypatch.setattr(f"fxlrp.compiler.capture.{place}", failing(error))
+    with pytest.raises(type(error)) as caught:
+        fxlrp.lrp_compile(model.eval())(torch.randn(2, 3), target=1)
+    assert caught.value is error
+    assert "shorter input" in error.__notes__[0] and "memory_budget" in error.__notes__[0]
 
 
 def test_other_errors_are_left_alone(usual: fxlrp.Explainer) -> None:
     """Does not fire on what has nothing to do with memory."""
-    with pytest.raises(RuntimeError) as caught, advised(usual.memory):
+    with pytest.raises(RuntimeError) as caught, advised(lambda: usual.memory):
         raise RuntimeError("shapes do not fit")
     assert not hasattr(caught.value, "__notes__")
+
+
+def test_bytes_hold_for_inputs_that_come_later(usual: fxlrp.Explainer) -> None:
+    """Breaks if a budget in bytes is one of the first call's sizes alone."""
+    long = example(length=2 * LENGTH)
+    free = budgeted(usual, 1.0)
+    free(long)
+    least, default = free.memory.least.peak, free.memory.default.peak
+    between = (usual.memory.default.peak + default) // 2
+    assert least < between < default
+    explainer = budgeted(usual, between)
+    explainer(example())
+    assert again(explainer) == again(usual)
+    found = explainer(long)
+    assert len(again(explainer)) > len(again(usual))
+    assert explainer.memory.chosen.peak <= explainer.memory_budget
+    torch.testing.assert_close(found.relevance, free(long).relevance)
+    small = budgeted(usual, least - 1)
+    small(example())
+    with pytest.raises(fxlrp.InputError, match="the least that this explanation can take at these sizes"):
+        small(long)
 
 
 def test_latents_parameters_and_several_targets(deep: nn.Module, usual: fxlrp.Explainer) -> None:

@@ -77,6 +77,7 @@ class Case:
         shapes: ``tiny`` for the interpreter, ``gate`` for the check of accuracy, ``full`` for time.
         lines: what must be reached.
         dtype: of the inputs.
+        decides: whether the kernel is launched for such a shape, so that its being faster there counts.
     """
 
     kernel: str
@@ -86,6 +87,7 @@ class Case:
     lines: tuple[Line, ...] = ()
     dtype: torch.dtype = torch.bfloat16
     notes: Mapping[str, str] = field(default_factory=dict)
+    decides: bool = True
 
     @property
     def label(self) -> str:
@@ -101,14 +103,15 @@ def pair(
     device = next(t.device for t in inputs if isinstance(t, Tensor))
     calls = {"kernel": functools.partial(kernel, *inputs), "eager": functools.partial(eager, *inputs)}
     if device.type == "cuda":
-        calls["inductor"] = functools.partial(_compiled(eager), *inputs)
+        calls["inductor"] = functools.partial(compiled(eager), *inputs)
     exact = functools.partial(eager, *(double(t) for t in inputs))
     outputs = outputs_of(_shapes(eager, inputs))
     return Setup(calls, exact, nbytes([*inputs, *outputs]), flops)
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function compiled by Inductor for each of its shapes."""
     return torch.compile(function, dynamic=False)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,28 +13,38 @@ import torch
 import fxlrp
 
 from ..reference import gradient_times_input
-from ..timing import interleaved
-from ..workloads import Built, ids, make, vision
+from ..timing import interleaved, ratio
+from ..workloads import Built, ids, make
 
 #: Kernels that ``lrp_compile`` knows.
-KERNELS = ("attention", "gate", "linear_epsilon", "norm", "softmax")
+KERNELS = ("attention", "gate", "linear_epsilon", "linear_split", "norm", "softmax")
 
 #: How ``lrp_compile`` is asked, by contender.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "fxlrp eager": {"backend": "eager"},
     "fxlrp inductor": {"backend": "inductor", "kernels": "reference"},
     "fxlrp kernels": {"backend": "inductor", "kernels": KERNELS},
+    "fxlrp cudagraphs": {"backend": "cudagraphs", "kernels": "reference"},
 }
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and its inputs, full for a device and tiny for the check that all of it runs."""
+    """A model and its inputs, full for a device and tiny for the check that all of it runs.
+
+    Attributes:
+        name: of the model and its inputs.
+        full: makes both.
+        tiny: the same for a CPU.
+        rounds: of interleaved runs.
+        limits: what a way to explain may take over Gradient x Input.
+    """
 
     name: str
     full: Callable[[], Built]
     tiny: Callable[[], Built]
     rounds: int = 10
+    limits: Mapping[str, float] = field(default_factory=dict)
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, kv: int, words: int, length: int) -> Built:
@@ -52,19 +62,35 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, kv: int, words: int
     return model, ids(words, 1, length)
 
 
+def _bert(batch: int, length: int, **sizes: int) -> Built:
+    model = make("SequenceClassification", "BertConfig", **sizes)
+    return model, ids(model.config.vocab_size, batch, length)
+
+
+def _images(batch: int, **sizes: int) -> Built:
+    model = make("ImageClassification", "ViTConfig", num_labels=1000, **sizes)
+    generator = torch.Generator().manual_seed(0)
+    return model, {"pixel_values": torch.randn(batch, 3, 224, 224, generator=generator)}
+
+
+_TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
 WORKLOADS = (
     Workload(
-        "Llama-like, 1B: 16 layers of 2048, 1×512",
-        lambda: _llama(2048, 8192, 16, 32, 8, 128256, 512),
+        "Llama-3.2-1B shape, 1×128",
+        lambda: _llama(2048, 8192, 16, 32, 8, 128256, 128),
         lambda: _llama(32, 48, 2, 4, 2, 50, 7),
+        limits={"fxlrp cudagraphs": 0.35},
     ),
     Workload(
-        "Llama-like, 1B: 16 layers of 2048, 1×4096",
-        lambda: _llama(2048, 8192, 16, 32, 8, 128256, 4096),
+        "Llama-3.2-1B shape, 1×2048",
+        lambda: _llama(2048, 8192, 16, 32, 8, 128256, 2048),
         lambda: _llama(32, 48, 2, 4, 2, 50, 9),
         rounds=5,
+        limits={"fxlrp inductor": 0.9},
     ),
-    Workload("ViT 6×384, 32 images of 224 px", lambda: vision(32), lambda: vision(1)),
+    Workload("BERT-base, 8×128", lambda: _bert(8, 128), lambda: _bert(2, 7, **_TINY)),
+    Workload("ViT-B/16, 8 images", lambda: _images(8), lambda: _images(1, **_TINY)),
 )
 
 
@@ -96,13 +122,19 @@ def measured(workload: Workload, device: torch.device, size: str = "full") -> It
             run[name] = functools.partial(explainer, **inputs)
         times = interleaved(run, workload.rounds if full else 1)
         base = times["gradient × input"]
-        ratios = {k: [a / b for a, b in zip(v, base, strict=True)] for k, v in times.items()}
+        medians = {k: round(ratio(v, base), 3) for k, v in times.items()}
         yield {
             "seconds": {k: statistics.median(v) for k, v in times.items()},
-            "over gradient × input": {k: round(statistics.median(v), 3) for k, v in ratios.items()},
+            "over gradient × input": medians,
+            "lines": [_line(medians.get(name), name, most) for name, most in workload.limits.items()],
             "peak bytes": {k: _peak(call, device) for k, call in run.items()},
             **({"failed": failed} if failed else {}),
         }
+
+
+def _line(figure: float | None, name: str, most: float) -> dict[str, Any]:
+    line = f"{name} ≤ {most:g} × time of gradient × input"
+    return {"line": line, "figure": figure, "met": figure is not None and figure <= most}
 
 
 def _gate(workload: Workload, device: torch.device) -> None:

@@ -45,7 +45,7 @@ def _lines(rows: list[Any]) -> str:
         "| benchmark | line | figure | verdict |",
         (
             f"| {r['what']} | {one['line']} | {_number(one['figure'])} | {_verdict(one)} |"
-            for r in rows
+            for r in {r["what"]: r for r in rows}.values()  # a model's row comes again as ways are added
             for one in r.get("lines", [])
         ),
     )
@@ -106,14 +106,14 @@ def _first_line(text: str) -> str:
 
 
 def faster(results: Results) -> dict[str, bool]:
-    """Kernel → whether it was faster than every way PyTorch has, in each of its benchmarks.
+    """Kernel → whether it was faster than every way PyTorch has, in each benchmark for which it is launched.
 
     A kernel with a benchmark that failed is not faster.
     """
     found: dict[str, bool] = {}
     for part in results["parts"].values():
         for r in part["rows"]:
-            if "kernel" not in r or not ("bytes" in r or "error" in r):
+            if not r.get("decides") or not ("bytes" in r or "error" in r):
                 continue
             times = dict(r.get("seconds", {}))
             kernel = times.pop("kernel", None)

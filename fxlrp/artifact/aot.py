@@ -95,7 +95,7 @@ def lifted(module: fx.GraphModule) -> tuple[nn.Module, list[Tensor]]:
 
 def _examples(program: Program, last: Call) -> tuple[list[Tensor], list[dict[int, Any]]]:
     """Inputs and operands of at least two where sizes may change, and which may."""
-    auto = torch.export.Dim.AUTO
+    free = torch.export.Dim.DYNAMIC  # an error where one would be fixed: the code would run for any size
     shapes = last.trace.shapes.sizes
     sizes: dict[Any, int] = {}
     for tensor, shape in zip(last.bound.tensors, shapes, strict=True):
@@ -106,13 +106,13 @@ def _examples(program: Program, last: Call) -> tuple[list[Tensor], list[dict[int
         _grown(t, [s if isinstance(s, int) else sizes[s] for s in shape])
         for t, shape in zip(last.bound.tensors, shapes, strict=True)
     ]
-    changing = [{i: auto for i, s in enumerate(shape) if not isinstance(s, int)} for shape in shapes]
+    changing = [{i: free for i, s in enumerate(shape) if not isinstance(s, int)} for shape in shapes]
     operands = []
     for node in list(placeholders(program.relevance.graph.graph))[len(tensors) :]:
         shape = tuple(map(expression, value(node).shape))  # [batch], [batch, K]
         own = [s if isinstance(s, int) else sizes.setdefault(s, _TARGETS) for s in shape]
         operands.append(torch.zeros(own, dtype=value(node).dtype, device=value(node).device))
-        changing.append({i: auto for i, s in enumerate(shape) if not isinstance(s, int)})
+        changing.append({i: free for i, s in enumerate(shape) if not isinstance(s, int)})
     return [*tensors, *operands], changing
 
 

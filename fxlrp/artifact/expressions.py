@@ -21,6 +21,8 @@ from ..errors import ArtifactError, InputError
 from .strict import check, fields, identifier, items, refuse
 
 _DEPTH = 40
+#: Numbers above are no sizes, and those that powers make of powers would never end.
+_LARGEST = 1 << 128
 
 
 def _product(*factors: Any) -> Any:
@@ -147,7 +149,7 @@ def evaluate(expression: Any, symbols: Mapping[str, int]) -> Any:
     """An expression at these sizes.
 
     Raises:
-        InputError: a division by 0.
+        InputError: a division by 0, or a number that is no size any more.
     """
     if isinstance(expression, int):
         return Fraction(expression)
@@ -155,9 +157,12 @@ def evaluate(expression: Any, symbols: Mapping[str, int]) -> Any:
         return Fraction(symbols[expression])
     head, *operands = expression
     try:
-        return _OPERATORS[head][0](*(evaluate(o, symbols) for o in operands))
+        found = _OPERATORS[head][0](*(evaluate(o, symbols) for o in operands))
     except ZeroDivisionError:
         raise InputError(f"{text(expression)} has no value for these sizes.") from None
+    if isinstance(found, (int, Fraction)) and max(abs(found.numerator), found.denominator) > _LARGEST:
+        raise InputError("The artifact's conditions on sizes compute larger numbers than sizes can be.")
+    return found
 
 
 def text(expression: Any) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from ..compiler.graphs import output_node
 from ..compiler.lower import lower
-from ..errors import ArtifactError
+from ..errors import ArtifactError, first_line
 from . import graph as graphs
 from . import weights
 from .aot import native_runner
@@ -55,8 +55,12 @@ def load(
         weights.refuse_changed(stored, header.digests)
     saved, place = device_of(header.inputs.device), torch.device(device or header.inputs.device)
     lower(None, backend, place)  # refuses an unknown backend
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ArtifactError(f"The artifact is for {place}, and PyTorch sees no GPU here; give device=….")
+    try:
+        torch.empty(0, device=place)
+    except Exception as error:  # another class for each kind of device
+        raise ArtifactError(
+            f"The artifact is for {place}, which is not here: {first_line(error)}. Give device=…."
+        ) from error
     if place.type != saved.type:
         _refuse_bound_ops(header, place)
     pieces = {v.piece: stored.aligned(v.piece).to(place) for v in header.constants}

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from ..bundle import Bundle, bundle
 from ..compiler.inputs import Bound, bind_to, constants_of, refuse_empty
 from ..compiler.lower import Runner
-from ..errors import ArtifactError, FxlrpError, InputError, TargetError, first_line
+from ..errors import ArtifactError, FxlrpError, InputError, TargetError, first_line, is_out_of_memory
 from ..explanation import Explanation, one_or_many
 from ..finite import refuse_nonfinite
 from ..memory import in_chunks
@@ -211,9 +211,12 @@ class LoadedExplainer:
 
             chunk = None if several.is_mixed or program.saved.target.count is not None else self.chunk
             return in_chunks(run, several.count, chunk)
-        except (FxlrpError, torch.OutOfMemoryError, MemoryError):
+        except FxlrpError:
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                error.add_note("fxlrp: save it with a smaller lrp_compile(..., memory_budget=...).")
+                raise
             raise ArtifactError(
                 f"The artifact's program failed on inputs that it says it takes: {first_line(error)}. The "
                 f"file is damaged, or this PyTorch ({torch.__version__}) differs from the one that it was "

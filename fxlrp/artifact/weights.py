@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,8 @@ _STORED = {
     torch.float64: "F64",
 }
 _CHUNK = 2**24
+#: Bytes of a view that no memory holds.
+_MOST = 1 << 48
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ class View:
             flat = flat.view(self.dtype)
         if self.stop > flat.numel():
             refuse(where, f"reads {self.stop} elements of a tensor of {flat.numel()}")
+        if math.prod(self.shape) * self.dtype.itemsize > _MOST:  # of the same memory, by strides of 0
+            refuse(where, f"has {math.prod(self.shape)} elements")
         return flat.as_strided(self.shape, self.stride, self.offset)
 
 

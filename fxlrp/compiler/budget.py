@@ -10,7 +10,7 @@ from torch import fx
 
 from ..errors import InputError
 from .keep import Chooser, Policy
-from .liveness import Sizes
+from .liveness import Sizes, peak
 from .parts import Parts
 from .remat import Schedule, schedule, written
 
@@ -83,6 +83,10 @@ class Memory:
                 "less, give shorter inputs, smaller batches, or a smaller chunk of targets."
             )
         return min(fitting, key=lambda s: (s.cost, s.peak))
+
+    def fits(self, sizes: Sizes) -> bool:
+        """Whether what was chosen keeps to a budget in bytes at other sizes; a share is one of any size."""
+        return not isinstance(self.budget, int) or peak(self.chosen.steps, sizes) <= self.budget
 
     @property
     def limit(self) -> float:

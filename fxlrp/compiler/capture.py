@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..errors import CaptureError, StochasticModelError, place
+from ..errors import CaptureError, StochasticModelError, is_out_of_memory, place
 from .causes import Failure, report
 from .control_flow import AsTheDataLead, depends_on_data
 from .faithful import compare, compare_gradients, run_model
@@ -100,6 +100,8 @@ def capture(model: nn.Module, bound: Bound, *, dynamic: bool = True, exported: b
         except StochasticModelError:
             raise
         except Exception as error:  # whatever the tracer raises, the next step may still succeed
+            if is_out_of_memory(error):
+                raise
             failures.append(Failure.of(method, error))
             continue
         if difference is None:

@@ -7,7 +7,9 @@ replay writes over them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +28,9 @@ _KEPT = 16
 class Recorder(Protocol):
     """What records: CUDA, or a stand-in where there is none."""
 
+    def turn(self) -> AbstractContextManager[None]:
+        """In which one run is copied in, replayed and copied out, after all before it."""
+
     def warm_up(self, run: Callable[[], Any]) -> None:
         """Run beside what is recorded later."""
 
@@ -39,6 +44,18 @@ class CudaRecorder:
 
     device: torch.device
     pool: Any = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    done: Any = None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """For one thread at a time; a stream waits for what the last turn's has still to do."""
+        with self.lock, torch.cuda.device(self.device):
+            if self.done is not None:
+                torch.cuda.current_stream().wait_event(self.done)
+            yield
+            self.done = torch.cuda.Event()
+            self.done.record()
 
     def warm_up(self, run: Callable[[], Any]) -> None:
         """On a stream of its own, as recording asks for."""
@@ -82,16 +99,17 @@ class Replayed:
             InputError: the runner waits for values on the host, which cannot be recorded.
         """
         shapes = tuple([a.shape for a in args])
-        if shapes not in self.known:
-            recorded = self._recorded(args)
-            if len(self.known) >= _KEPT:
-                del self.known[next(iter(self.known))]
-            self.known[shapes] = recorded
-        inputs, replay, results = self.known[shapes]
-        for mine, given in zip(inputs, args, strict=True):
-            mine.copy_(given)
-        replay()
-        return pytree.tree_map_only(Tensor, torch.clone, results)
+        with self.recorder.turn():
+            if shapes not in self.known:
+                recorded = self._recorded(args)
+                if len(self.known) >= _KEPT:
+                    del self.known[next(iter(self.known))]
+                self.known[shapes] = recorded
+            inputs, replay, results = self.known[shapes]
+            for mine, given in zip(inputs, args, strict=True):
+                mine.copy_(given)
+            replay()
+            return pytree.tree_map_only(Tensor, torch.clone, results)
 
     def _recorded(self, args: tuple[Tensor, ...]) -> tuple[list[Tensor], Callable[[], None], Any]:
         inputs = [a.clone() for a in args]

@@ -94,7 +94,8 @@ def fuse(module: fx.GraphModule, kernels: tuple[str, ...], keep: Collection[str]
     for node in _rule_nodes(graph):  # pairs first: afterwards each of the two has a kernel of its own
         pair = pair_at(node)
         named = pair is None or {pair.inner.name, *((pair.outer.name,) if pair.keeps else ())} & set(keep)
-        if pair is not None and not named and choice.falls(pair.kernel, node, pair.refusal):
+        # Where the two cannot be one, each may still be served by itself, and the second loop says so.
+        if pair is not None and not named and not pair.refusal and choice.falls(pair.kernel, node, ""):
             pair.join(graph.graph)
     graph.graph.eliminate_dead_code()
     for node in _rule_nodes(graph):
@@ -137,7 +138,10 @@ class _Choice:
         reasons = {why for counts in self.missed.values() for why in counts}
         if not self.used and len(reasons) == 1:
             return (f"kernels: references, since {reasons.pop()}",)
-        taken = [f"kernel {name}: {count} nodes" for name, count in sorted(self.used.items())]
+        limits = {row.kernel: f", {row.limit}; with more, the reference" for row in SERVED if row.limit}
+        taken = [
+            f"kernel {name}: {count} nodes{limits.get(name, '')}" for name, count in sorted(self.used.items())
+        ]
         return (
             *taken,
             *(

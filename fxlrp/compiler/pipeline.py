@@ -12,6 +12,7 @@ from .activity import explained, refuse_missing
 from .assign import assign
 from .budget import Budget, Memory, rematerialise
 from .canonicalize import Canonical
+from .causal import skip_beyond
 from .demand import only_outputs, only_rows
 from .fused import AUTO, fuse
 from .graphs import outputs
@@ -116,6 +117,8 @@ def build(
         templates=canonical.templates,
         parameters=dict(parameters or {}),
     )
+    skip_beyond(relevance.graph.graph)
+    relevance.graph.recompile()
     graph, memory = rematerialise(relevance.graph, budget, sizes or Sizes())
     relevance = replace(relevance, graph=verify_relevance(graph))
     plan = Plan(plan.rows, tuple(moved), (*notes, *canonical.misses, *fusion.notes), (*plan.idle, *idle))

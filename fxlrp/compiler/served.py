@@ -31,6 +31,7 @@ class Served:
         applies: whether a rule with such parameters has anything that the kernel does better.
         refusal: why the kernel cannot run on a call of fake tensors; empty where it can.
         linearize: the rule by the kernel; its pullback takes one coefficient, or K of them.
+        limit: of a call's sizes, up to which the kernel is launched, for notes; nothing where there is none.
     """
 
     kernel: str
@@ -39,6 +40,7 @@ class Served:
     applies: Callable[[Any], bool]
     refusal: Callable[[Any, Call], str]
     linearize: Callable[[Any, Call], Linearization]
+    limit: str = ""
 
     def takes(self, rule: Rule, op: Any) -> bool:
         """Whether this row is for a rule on an op."""
@@ -63,18 +65,24 @@ def _linear_refusal(call: Call) -> str:
     return "" if call.args[1].dim() == 2 else "the weight is no matrix"
 
 
+def _is_tf32() -> bool:
+    """Whether PyTorch may round float32 products to TensorFloat-32, as the user set it."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 def _epsilon_refusal(rule: Epsilon, call: Call) -> str:
     weight, z = call.args[1], call.run()
-    return _linear_refusal(call) or linear_epsilon.can_run(z, z, weight, rule.epsilon)[1]
+    return _linear_refusal(call) or linear_epsilon.can_run(z, z, weight, rule.epsilon, tf32=_is_tf32())[1]
 
 
 def _epsilon(rule: Epsilon, call: Call) -> Linearization:
     weight, z = call.args[1], call.run()
     rows = rule.epsilon * deviation(call, z) if rule.relative else None
-    epsilon = 0.0 if rule.relative else rule.epsilon
+    epsilon, tf32 = 0.0 if rule.relative else rule.epsilon, _is_tf32()
 
     def pullback(cotangent: Cotangent) -> tuple[Tensor | None, ...]:
-        return (torch.ops.fxlrp.linear_epsilon_relevance(cotangent, z, weight, epsilon, rows),)
+        found = torch.ops.fxlrp.linear_epsilon_relevance(cotangent, z, weight, epsilon, rows, None, tf32)
+        return (found,)
 
     return Linearization(z, pullback)
 
@@ -84,19 +92,22 @@ def _strengths(rule: Gamma | AlphaBeta) -> tuple[str, list[float]]:
 
 
 def _split_refusal(rule: Gamma | AlphaBeta, call: Call) -> str:
+    x, weight = call.args[:2]
     bias = call.args[2] if len(call.args) > 2 else None
-    return _linear_refusal(call) or linear_split.can_run(*call.args[:2], bias)[1]
+    return _linear_refusal(call) or linear_split.can_run(x, weight, bias, tf32=_is_tf32())[1]
 
 
 def _split(rule: Gamma | AlphaBeta, call: Call) -> Linearization:
     x, weight = call.args[:2]
     bias = call.args[2] if len(call.args) > 2 else None
     name, strengths = _strengths(rule)
-    z, absolute = torch.ops.fxlrp.linear_split(x, weight, bias, name, strengths, rule.epsilon)
+    settings = (name, strengths, rule.epsilon)
+    tf32 = _is_tf32()
+    z, absolute = torch.ops.fxlrp.linear_split(x, weight, bias, *settings, tf32)
 
     def pullback(cotangent: Cotangent) -> tuple[Tensor | None, ...]:
         found = torch.ops.fxlrp.linear_split_relevance(
-            cotangent, z, absolute, x, weight, name, strengths, rule.epsilon
+            cotangent, z, absolute, x, weight, *settings, False, tf32
         )
         return (found,)
 
@@ -252,6 +263,7 @@ SERVED: Final[tuple[Served, ...]] = (
         lambda rule: rule.epsilon > 0,
         _epsilon_refusal,
         _epsilon,
+        f"up to {linear_epsilon.MOST_ROWS} rows",
     ),
     Served(
         "linear_split",
@@ -260,6 +272,7 @@ SERVED: Final[tuple[Served, ...]] = (
         lambda rule: not isinstance(rule, Gamma) or rule.gamma > 0,
         _split_refusal,
         _split,
+        f"up to {linear_split.MOST_ROWS[2]} rows, {linear_split.MOST_ROWS[4]} in TensorFloat-32",
     ),
     Served(
         "softmax",

@@ -144,7 +144,9 @@ def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ldexp(torch.full_like(values, info.eps, dtype=torch.float64), exponent - 1)
 
 
-def assert_accurate(found: Tensor, same_precision: Tensor, exact: Tensor, *, name: str = "") -> None:
+def assert_accurate(
+    found: Tensor, same_precision: Tensor, exact: Tensor, *, name: str = "", terms: Tensor | None = None
+) -> None:
     """Error of ``found`` against float64, at most twice that of PyTorch in the same precision.
 
     With ``e = |found − exact|`` and ``r = |same_precision − exact|``, per element and ``u`` one ulp of the
@@ -158,6 +160,9 @@ def assert_accurate(found: Tensor, same_precision: Tensor, exact: Tensor, *, nam
         found: what the kernel computed, in its dtype.
         same_precision: what the reference computed in that dtype from the same inputs.
         exact: what the oracle computed in float64 from the same inputs, of the same shape.
+        name: of the result, for messages.
+        terms: magnitudes of what is summed up to it, whose ulp counts where they cancel: with few terms the
+            reference may cancel to exactly 0, and it is chance which of two orders does.
     """
     assert exact.dtype == torch.float64, "the oracle is float64"
     assert found.dtype == same_precision.dtype, f"{found.dtype}, the reference has {same_precision.dtype}"
@@ -173,8 +178,9 @@ def assert_accurate(found: Tensor, same_precision: Tensor, exact: Tensor, *, nam
     assert not bad.any(), f"{name} not finite at {_first(bad)} ({int(bad.sum())} elements)"
     if not finite.any():
         return
-    f, r, x = f[finite], r[finite], x[finite]
-    floor = ulp(x, found.dtype).clamp(min=torch.finfo(torch.float32).tiny)
+    sizes = x if terms is None else torch.maximum(x.abs(), terms)
+    f, r, x, sizes = f[finite], r[finite], x[finite], sizes[finite]
+    floor = ulp(sizes, found.dtype).clamp(min=torch.finfo(torch.float32).tiny)
     beyond = ((f - x).abs() - floor).clamp(min=0)
     reference = (r - x).abs()
     for what, of in (("largest", torch.max), ("mean", torch.mean)):

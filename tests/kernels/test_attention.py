@@ -165,8 +165,20 @@ def in_float32(case, q, k, v, g, mask, sinks):
 NAMES = ("out", "lse", "q", "k", "v", "frozen v")
 
 
-def check(case, device):
-    """The ops are as accurate as the steps are in the same precision, and touch nothing else."""
+def cancelling(case, q, k, v, g, mask, sinks):
+    """For plain cases, the magnitudes that coefficients of q and k are sums of, in float64."""
+    scoring = Scoring.of(case.size, case.scale, *case.scoring[:3], None)
+    out, lse = reference.forward(q, k, v, mask, sinks, scoring)
+    weights = reference._Scores.of(q, k, mask, scoring).weights(lse)
+    s = weights * (g.abs() @ v.abs().mT + (g * out).abs().sum(-1, keepdim=True)) * scoring.scale
+    return {"q": s @ k.abs() * case.shares[0], "k": s.mT @ q.abs() * case.shares[1]}
+
+
+def check(case, device, terms=None):
+    """The ops are as accurate as the steps are in the same precision, and touch nothing else.
+
+    `terms`: of a case's inputs, by result what it is a sum of.
+    """
     inputs = case.inputs(device)
     *plain, mask, sinks = inputs
     with checked(*plain) as copies:
@@ -174,10 +186,11 @@ def check(case, device):
     # In float32 the same sums in the same order of steps; half precision rounds where plain PyTorch rounds.
     same = (in_float32 if case.dtype == torch.float32 else composed)(case, *inputs)
     exact = composed(case, *double(*inputs))
+    sizes = {} if terms is None else terms(case, *double(*inputs))
     active = (True, True, *(bool(s) for s in case.shares), True)
     for name, f, s, e, wanted in zip(NAMES, found, same, exact, active, strict=True):
         if wanted:
-            assert_accurate(f, s, e, name=name)
+            assert_accurate(f, s, e, name=name, terms=sizes.get(name))
         else:
             assert f.shape == (0,)
 
@@ -217,6 +230,29 @@ def test_half_precision_is_as_accurate_as_the_steps(device, dtype, number):
     check(replace(CASES[number], dtype=dtype), device)
 
 
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(64, torch.bfloat16), (128, torch.float32), (128, torch.bfloat16), (256, torch.bfloat16)],
+    ids=str,
+)
+def test_heads_as_models_have_them_are_as_accurate_as_the_steps(device, size, dtype):
+    """Would break above 128, where keys' and values' coefficients are launched apart, or at a whole tile."""
+    sizes = {"queries": 17, "keys": 35, "causal": True, "offset": 18, "size": size, "value_size": size}
+    check(Case(heads=2, kv_heads=1, targets=2, epsilon=0.1, dtype=dtype, **sizes), device)
+
+
+def test_sizes_that_do_not_belong_together_are_never_launched(device):
+    """Would break if a kernel read past what a shorter tensor holds: the steps refuse such sizes."""
+    q, k, v, g, *_ = Case().inputs(device)
+    out, lse = attention.attention_forward(q, k, v)
+    with pytest.raises(RuntimeError, match="size"):
+        attention.attention_forward(q, k[:, :, :-1], v)
+    with pytest.raises(RuntimeError, match="size"):
+        attention.attention_relevance(q, k, v, out, lse[:, :, :-1], g, SHARES)
+    with pytest.raises(RuntimeError, match="size"):
+        attention.attention_frozen_relevance(q, k, lse, g[:, :, :-1])
+
+
 @settings(max_examples=6)
 @given(
     queries=st.integers(1, 34),
@@ -229,7 +265,7 @@ def test_half_precision_is_as_accurate_as_the_steps(device, dtype, number):
 )
 def test_any_shape_is_as_accurate_as_the_steps(device, **sizes):
     """Would break if some length, head size, window or offset met a bound that is off by one."""
-    check(Case(heads=1, kv_heads=1, **sizes), device)
+    check(Case(heads=1, kv_heads=1, **sizes), device, cancelling)
 
 
 def test_masked_rows_hold_nothing(device):

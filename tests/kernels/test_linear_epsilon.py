@@ -192,12 +192,17 @@ def test_it_compiles_whole():
         ({"z": torch.zeros(3, 4, dtype=torch.float16)}, "one dtype"),
         ({"weight": torch.zeros(4)}, "W [out, in]"),
         ({"g": torch.zeros(2, 2, 3, 4)}, "W [out, in]"),
+        ({"g": torch.zeros(1, 4)}, "belong together"),
+        ({"weight": torch.zeros(3, 5)}, "belong together"),
+        ({"x": torch.zeros(3, 4)}, "belong together"),
+        ({"tf32": False}, "TensorFloat-32"),
         (dict.fromkeys(("g", "z", "weight"), torch.zeros(4, 4, dtype=torch.float64)), "float64"),
     ],
 )
 def test_refusals(change, reason):
     """Would break if a kernel were launched on what it does not take, or the reason were lost."""
-    given = {"g": torch.zeros(3, 4), "z": torch.zeros(3, 4), "weight": torch.zeros(4, 5), "epsilon": 0.1}
+    given = {"g": torch.zeros(3, 4), "z": torch.zeros(3, 4), "weight": torch.zeros(4, 5)}
+    given |= {"x": torch.zeros(3, 5), "epsilon": 0.1, "tf32": True}
     is_fit, why = ops.can_run(**(given | change))
     if torch.cuda.is_available():
         pytest.skip("on a machine with a CUDA device, tensors on the CPU are refused as such")
@@ -206,7 +211,6 @@ def test_refusals(change, reason):
 
 
 TABLE = Table(
-    most=64,
     few=(Tiles(16, 64, 64, 4, 3), Tiles(64, 128, 64, 4, 3)),
     many=(Tiles(128, 256, 64, 8, 3, shared=200), Tiles(64, 64, 64, 4, 3)),
 )

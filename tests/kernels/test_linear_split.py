@@ -231,11 +231,17 @@ def test_a_rule_that_there_is_not(rule, strengths):
         ({"weight": torch.zeros(3, 4, dtype=torch.bfloat16)}, "dtype of x"),
         ({"weight": torch.zeros(2, 3, 4)}, "W [out, in]"),
         ({"x": torch.zeros(2, 4, dtype=torch.float64)}, "float64"),
+        ({"weight": torch.zeros(3, 5)}, "belong together"),
+        ({"bias": torch.zeros(2)}, "belong together"),
+        ({"results": (torch.zeros(2, 3), torch.zeros(1, 3))}, "belong together"),
+        ({"g": torch.zeros(2, 4)}, "belong together"),
+        ({"tf32": False}, "TensorFloat-32"),
     ],
 )
 def test_refusals(change, reason):
     """Would break if a kernel were launched on what it does not take, or the reason were lost."""
     if torch.cuda.is_available():
         pytest.skip("on a machine with a CUDA device, tensors on the CPU are refused as such")
-    is_fit, why = ops.can_run(**({"x": torch.zeros(2, 4), "weight": torch.zeros(3, 4)} | change))
+    given = {"x": torch.zeros(2, 4), "weight": torch.zeros(3, 4), "tf32": True}
+    is_fit, why = ops.can_run(**(given | change))
     assert is_fit == (not reason) and reason in why

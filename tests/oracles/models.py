@@ -167,3 +167,27 @@ def token_batch(
     for row, n in enumerate(lengths):
         mask[row, slice(0, n) if side == "right" else slice(size - n, size)] = 1
     return ids.masked_fill(mask == 0, 0), mask
+
+
+class GatedBlock(nn.Module):
+    """Attention with grouped keys, a gated MLP, norms of both kinds; a softmax of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.LayerNorm(16), nn.RMSNorm(16)
+        self.queries, self.keys, self.values = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+        self.gate, self.up, self.down = (nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16))
+        self.mix, self.head = nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        q, k, v = (
+            p(h).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (self.queries, self.keys, self.values)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + mixed.transpose(1, 2).flatten(2)
+        h = self.second(x)
+        x = x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+        x = x + nn.functional.softmax(self.mix(x), -1) * x
+        return self.head(nn.functional.gelu(x).mean(1))

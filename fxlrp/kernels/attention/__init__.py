@@ -34,6 +34,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import triton_op
 
 from .. import launch
+from ..rows import alike, fits
 from . import reference
 from .scoring import Scoring
 
@@ -66,7 +67,7 @@ def attention_forward(
     Source: Dao et al. 2022 (FlashAttention); sinks: Xiao et al. 2023.
     """
     scoring = Scoring.of(q.shape[-1], scale, causal, offset, window, soft_cap)
-    if _runs(q, k, v):
+    if _runs(q, k, v, mask, sinks):
         from . import kernel
 
         return kernel.forward(q, k, v, mask, sinks, scoring)
@@ -108,7 +109,7 @@ def attention_relevance(
     """
     scoring = Scoring.of(q.shape[-1], scale, causal, offset, window, soft_cap, cap_gradient)
     share_q, share_k, share_v = shares
-    if _runs(q, k, v, out, g):
+    if _runs(q, k, v, mask, out=out, lse=lse, g=g):
         from . import kernel
 
         return kernel.relevance(
@@ -137,17 +138,41 @@ def attention_frozen_relevance(
     Source: Ali et al. 2022 (AH-rule); CP-LRP in AttnLRP, section 2.
     """
     scoring = Scoring.of(q.shape[-1], scale, causal, offset, window, soft_cap)
-    if _runs(q, k, g):
+    if _runs(q, k, None, mask, lse=lse, g=g):
         from . import kernel
 
         return kernel.frozen_relevance(q, k, lse, g, mask, scoring)
     return reference.frozen_relevance(q, k, lse, g, mask, scoring)
 
 
-def _runs(*tensors: Tensor) -> bool:
-    """Whether kernels run; on float64, and on heads that no tiles fit, the reference does."""
-    largest = LARGEST_HEAD.get(tensors[0].dtype.itemsize, 0)
-    return launch.runs_triton(*tensors) and max(tensors[0].shape[-1], tensors[-1].shape[-1]) <= largest
+def _runs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    g: Tensor | None = None,
+) -> bool:
+    """Whether kernels run: on what they do not take the reference does, or fails by itself, as on sizes that
+    do not belong together.
+    """
+    given = [x for x in (q, k, v, mask, sinks, out, lse, g) if x is not None]
+    if not launch.runs_triton(*given) or launch.unavailable(q.device, q.dtype):
+        return False
+    # Of values that are not there, their coefficients' sizes: the frozen rule reads none.
+    values = k[..., :1].expand(*k.shape[:-1], g.shape[-1]) if v is None and g is not None else v
+    assert values is not None
+    if _unfit(q, k, values, mask, sinks):
+        return False
+    whole = (*q.shape[:-1], values.shape[-1])
+    return (
+        (out is None or alike(whole, out.shape))
+        and (lse is None or alike(q.shape[:-1], lse.shape))
+        and (g is None or (fits(g.shape, whole) and g.dtype == q.dtype))
+    )
 
 
 def _like(x: Tensor, *shape: Any) -> Tensor:

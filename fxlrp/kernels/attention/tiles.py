@@ -226,7 +226,8 @@ def kind_of(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "cdna"
     major, _ = torch.cuda.get_device_capability(device)
-    return "ampere" if major < 9 else "hopper" if major == 9 else "blackwell"
+    # 12.x has as little shared memory for a program as 8.6 and 8.9, and no wgmma.
+    return {9: "hopper", 10: "blackwell"}.get(major, "ampere")
 
 
 def choose(

@@ -21,6 +21,7 @@ Source: Bach et al. 2015, eq. 58; Achtibat et al. 2024 (AttnLRP), eq. 8.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,20 +29,35 @@ from torch import Tensor
 from torch.library import triton_op
 
 from ..launch import runs_triton, unavailable
-from ..matmul import hint
+from ..rows import alike, fits
 from . import reference
+
+#: Rows up to which the kernel is launched.
+MOST_ROWS = 64
 
 
 def can_run(
-    g: Tensor, z: Tensor, weight: Tensor, epsilon: float, row_epsilon: Tensor | None = None
+    g: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    row_epsilon: Tensor | None = None,
+    x: Tensor | None = None,
+    tf32: bool = False,
 ) -> tuple[bool, str]:
-    """Whether the kernel takes these operands, and why not. Reads no size but those of weights."""
+    """Whether the kernel takes these operands, and why not. Of how many rows there are nothing is said."""
     if reason := unavailable(g.device, g.dtype):
         return False, reason
+    if g.dtype == torch.float32 and not tf32:
+        return False, "in float32 without TensorFloat-32 the steps one by one are as fast"
     if not g.dtype == z.dtype == weight.dtype:
         return False, f"z, G and W must have one dtype, not {z.dtype}, {g.dtype} and {weight.dtype}"
     if weight.dim() != 2 or z.dim() == 0 or g.dim() - z.dim() not in (0, 1):
         return False, "it takes W [out, in], z [..., out] and G [..., out] or [K, ..., out]"
+    wanted = (*z.shape[:-1], weight.shape[1])
+    belong = fits(g.shape, z.shape) and alike(z.shape[-1:], weight.shape[:1])
+    if not belong or (x is not None and not alike(wanted, x.shape)):
+        return False, "shapes of x, z, G and W do not belong together"
     if epsilon == 0 and row_epsilon is None:
         return False, "with epsilon 0 there is no factor, only a matrix product"
     return True, ""
@@ -68,10 +84,10 @@ def linear_epsilon_relevance(
         x: ``[..., in]``, to return relevance in place of coefficients.
         tf32: whether float32 products may round their factors to TensorFloat-32.
     """
-    if runs_triton(g, z, weight) and can_run(g, z, weight, epsilon, row_epsilon)[0]:
+    if runs_triton(g, z, weight) and can_run(g, z, weight, epsilon, row_epsilon, x, tf32)[0]:
         from . import kernel
 
-        if hint(g.shape[:-1]) <= kernel.table(g.dtype, tf32).most:
+        if math.prod(g.shape[:-1]) <= MOST_ROWS:  # of symbols a guard: what is compiled for few serves few
             return kernel.relevance(g, z, weight, epsilon, row_epsilon, x, tf32)
     return reference.relevance(g, z, weight, epsilon, row_epsilon, x)
 
@@ -124,5 +140,10 @@ def _transposed(ctx: Any, c: Tensor) -> tuple[Tensor | None, ...]:
     return product, None, None, None, None, None, None
 
 
+def _fake_relevance(g: Tensor, z: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return g.new_empty((*g.shape[:-1], weight.shape[1]))
+
+
+linear_epsilon_relevance.register_fake(_fake_relevance)
 linear_epsilon.register_autograd(_epsilon_rule, setup_context=_keep)
 linear_epsilon_relevance.register_autograd(_transposed, setup_context=_keep_factor)

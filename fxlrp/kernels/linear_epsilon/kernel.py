@@ -17,7 +17,6 @@ from ..matmul.kernel import add_parts, steps_of, tile_of
 _GROUP = 8
 
 _HALF = Table(
-    most=64,
     few=(
         Tiles(16, 64, 128, warps=4, stages=3),
         Tiles(32, 128, 64, warps=4, stages=3),
@@ -31,13 +30,12 @@ _HALF = Table(
     ),
 )
 _TF32 = Table(
-    most=64,
     few=(Tiles(16, 64, 64, warps=4, stages=3), Tiles(64, 64, 32, warps=4, stages=3)),
     tuned=(Tiles(128, 128, 32, warps=8, stages=3, shared=128),),
 )
 #: Without tensor cores, arithmetic and not reading is the cost from a few rows on, and cuBLAS is ahead there.
 _FLOAT32 = Table(
-    most=0,
+    is_default=False,
     few=(Tiles(16, 64, 32, warps=4, stages=3), Tiles(64, 64, 16, warps=4, stages=3)),
     tuned=(Tiles(128, 128, 16, warps=8, stages=3),),
 )
@@ -201,7 +199,7 @@ def variants() -> Iterator[Variant]:
             choices = table(dtype, tf32)
             for tiles, is_default in choices.launched():
                 yield _variant(tiles, kind, tf32, is_default=is_default)
-            yield _variant(choices.few[-1], kind, tf32, order="w_d", is_default=choices.most > 0)
+            yield _variant(choices.few[-1], kind, tf32, order="w_d", is_default=choices.is_default)
 
 
 def _variant(

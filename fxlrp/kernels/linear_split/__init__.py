@@ -28,28 +28,53 @@ form with absolute values is ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.library import triton_op
 
 from ..launch import runs_triton, unavailable
-from ..matmul import hint
+from ..rows import alike, fits
 from . import reference
 
 #: Rule -> how many strengths it has: (gamma,) or (alpha, beta).
 RULES = {"gamma": 1, "alpha_beta": 2}
 
 
-def can_run(x: Tensor, weight: Tensor, *others: Tensor | None) -> tuple[bool, str]:
-    """Whether the kernels take these operands (others: z, A, G or a bias), and why not. Reads no sizes."""
+#: Rows up to which the kernels are launched: float32's, by TensorFloat-32, and those of half precision.
+MOST_ROWS = {4: 64, 2: 128}
+
+
+def can_run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    results: Sequence[Tensor] = (),
+    g: Tensor | None = None,
+    tf32: bool = False,
+) -> tuple[bool, str]:
+    """Whether the kernels take these operands (results: z and A), and why not. Of how many rows there are
+    nothing is said.
+    """
     if reason := unavailable(x.device, x.dtype):
         return False, reason
-    if any(t is not None and t.dtype != x.dtype for t in (weight, *others)):
+    if x.dtype == torch.float32 and not tf32:
+        return False, "in float32 without TensorFloat-32 the steps one by one are as fast"
+    if any(t is not None and t.dtype != x.dtype for t in (weight, bias, g, *results)):
         return False, f"all operands must have the dtype of x, {x.dtype}"
     if weight.dim() != 2 or x.dim() == 0:
         return False, "it takes W [out, in] and x [..., in]"
+    out = (*x.shape[:-1], weight.shape[0])
+    if not (
+        alike(x.shape[-1:], weight.shape[1:])
+        and (bias is None or alike(bias.shape, weight.shape[:1]))
+        and alike(out, *(t.shape for t in results))
+        and (g is None or fits(g.shape, out))
+    ):
+        return False, "shapes of x, W, b, z, A and G do not belong together"
     return True, ""
 
 
@@ -85,10 +110,10 @@ def linear_split_relevance(
     """
     if RULES.get(rule) != len(strengths):
         raise ValueError(f"rule={rule!r} with {len(strengths)} strengths: give one of {RULES} with so many")
-    if runs_triton(g, z, x, weight) and can_run(x, weight, z, absolute, g)[0]:
+    if runs_triton(g, z, x, weight) and can_run(x, weight, None, (z, absolute), g, tf32)[0]:
         from . import kernel
 
-        if hint(g.shape[:-1]) <= kernel.table(g.dtype, tf32, False).most:
+        if _are_few(g):
             return kernel.relevance(g, z, absolute, x, weight, rule, strengths, epsilon, times_x, tf32)
     return reference.relevance(g, z, absolute, x, weight, rule, strengths, epsilon, times_x)
 
@@ -114,12 +139,26 @@ def linear_split(
         epsilon: the rule's stabiliser.
         tf32: whether float32 products may round their factors to TensorFloat-32.
     """
-    if runs_triton(x, weight) and can_run(x, weight, bias)[0]:
+    if runs_triton(x, weight) and can_run(x, weight, bias, tf32=tf32)[0]:
         from . import kernel
 
-        if hint(x.shape[:-1]) <= kernel.table(x.dtype, tf32, True).most:
+        if _are_few(x):
             return kernel.forward(x, weight, bias, tf32)
     return reference.forward(x, weight, bias)
+
+
+def _are_few(x: Tensor) -> bool:
+    """Whether the kernels are launched; of symbols a guard, since what is compiled for few serves few."""
+    return math.prod(x.shape[:-1]) <= MOST_ROWS[x.dtype.itemsize]
+
+
+def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape)
+
+
+def _fake_relevance(g: Tensor, z: Tensor, absolute: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return g.new_empty((*g.shape[:-1], weight.shape[1]))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -144,5 +183,7 @@ def _transposed(ctx: Any, c: Tensor) -> tuple[Tensor | None, ...]:
     return reference.transposed(c, *ctx.saved_tensors, *ctx.settings), *(None,) * 9
 
 
+linear_split.register_fake(_fake)
+linear_split_relevance.register_fake(_fake_relevance)
 linear_split.register_autograd(_split_rule, setup_context=_keep)
 linear_split_relevance.register_autograd(_transposed, setup_context=_keep_factors)

@@ -29,18 +29,16 @@ _TF32_FEW = (
 )
 #: Without tensor cores, arithmetic and not reading is the cost from a few rows on, and cuBLAS is ahead there.
 _FLOAT32 = Table(
-    most=0,
+    is_default=False,
     few=(Tiles(16, 64, 16, warps=4, stages=3), Tiles(64, 64, 16, warps=8, stages=3)),
 )
-_TF32 = Table(most=64, few=_TF32_FEW, tuned=(Tiles(64, 128, 32, warps=8, stages=3, shared=120),))
+_TF32 = Table(few=_TF32_FEW, tuned=(Tiles(64, 128, 32, warps=8, stages=3, shared=120),))
 _FORWARD = Table(
-    most=128,
     few=(*_HALF_FEW, Tiles(128, 64, 32, warps=8, stages=4)),
     tuned=(Tiles(128, 128, 64, warps=8, stages=3, shared=112),),
 )
 #: Factors of three operands take registers, so that tiles are smaller than on the way forward.
 _RELEVANCE = Table(
-    most=128,
     few=_HALF_FEW,
     many=(Tiles(64, 128, 32, warps=8, stages=4),),
     tuned=(Tiles(128, 128, 32, warps=8, stages=4, shared=160),),
@@ -187,8 +185,8 @@ def variants() -> Iterator[Variant]:
                 for tiles, is_default in choices.launched():
                     yield make(tiles, dtype, tf32, is_default=is_default)
                 largest = (choices.many or choices.few)[-1]
-                yield make(largest, dtype, tf32, transposed=True, is_default=choices.most > 0)
-            yield _relevance_variant(largest, dtype, tf32, rule="gamma", is_default=choices.most > 0)
+                yield make(largest, dtype, tf32, transposed=True, is_default=choices.is_default)
+            yield _relevance_variant(largest, dtype, tf32, rule="gamma", is_default=choices.is_default)
 
 
 def _forward_variant(

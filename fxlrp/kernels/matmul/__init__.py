@@ -55,18 +55,17 @@ class Table:
     """The tiles that launches choose from.
 
     Attributes:
-        most: rows up to which the kernel is launched. With more, what is computed on the way into the
-            product, again for each tile that reads it, costs more than the passes over memory that it saves.
         few: for as few rows as they have, fewest first: reading the weights is the cost, so that one tile
             takes all rows, and the reduction is split until reads of enough programs are under way.
         many: for more, largest first: the first that fills the device, or the last with a split reduction.
         tuned: not chosen; alternatives to measure.
+        is_default: whether ops launch these at all.
     """
 
-    most: int
     few: tuple[Tiles, ...]
     many: tuple[Tiles, ...] = ()
     tuned: tuple[Tiles, ...] = ()
+    is_default: bool = True
 
     def choose(self, rows: int, columns: int, depth: int, shared: int) -> tuple[Tiles, int]:
         """Tiles for a product, and parts of its reduction.
@@ -88,7 +87,7 @@ class Table:
 
     def launched(self) -> Iterator[tuple[Tiles, bool]]:
         """Every tile, and whether launches choose it."""
-        yield from ((tiles, self.most > 0) for tiles in (*self.few, *self.many))
+        yield from ((tiles, self.is_default) for tiles in (*self.few, *self.many))
         yield from ((tiles, False) for tiles in self.tuned)
 
 

@@ -2,7 +2,7 @@
 
 A model that is given a padding mask combines it with the causal one, and what comes of both is a mask like
 any other: the kernel computes every score. It also takes both, a mask and the word that keys end at the
-query; then it leaves out half of the scores, and the result is the same to the last bit. That nothing lies
+query; then it leaves out half of the scores, and the result is exactly the same. That nothing lies
 beyond is proven from how the mask is made: comparisons of positions that are counted from 0.
 """
 

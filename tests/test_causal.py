@@ -99,20 +99,19 @@ def test_other_masks_are_left_alone(name: str) -> None:
     assert explained(OTHERS[name])[1] == [False, False]
 
 
-def test_decoders_with_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("side", "composite"), [("left", "attnlrp"), ("right", "cp")])
+def test_decoders_with_padding(side: str, composite: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the transformers library makes masks, padded on either side; the last layer asks for one row."""
-    for side in ("left", "right"):
-        ids, mask = models.token_batch(1, (7, 4), side)
-        for composite in ("attnlrp", "cp"):
-            pair = []
-            for skips in (True, False):
-                with monkeypatch.context() as patch:
-                    if not skips:
-                        patch.setattr("fxlrp.compiler.pipeline.skip_beyond", lambda graph: 0)
-                    explainer = fxlrp.lrp_compile(models.tiny_llama(), composite, backend="eager")
-                    pair.append(explainer(input_ids=ids, attention_mask=mask).relevance)
-                assert any(told(explainer)) == skips
-            assert torch.equal(*pair)
+    ids, mask = models.token_batch(1, (7, 4), side)
+    pair = []
+    for skips in (True, False):
+        with monkeypatch.context() as patch:
+            if not skips:
+                patch.setattr("fxlrp.compiler.pipeline.skip_beyond", lambda graph: 0)
+            explainer = fxlrp.lrp_compile(models.tiny_llama(), composite, backend="eager")
+            pair.append(explainer(input_ids=ids, attention_mask=mask).relevance)
+        assert any(told(explainer)) == skips
+    assert torch.equal(*pair)
 
 
 def test_encoders_with_padding() -> None:

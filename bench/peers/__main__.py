@@ -61,7 +61,7 @@ _SAME = dict.fromkeys(("fxlrp inductor", "fxlrp, least memory"), "fxlrp")
 #: What ratios are taken over.
 _BASES = ("forward", "gradient x input", "LXT", "fxlrp", "zennit epsilon", "zennit gamma")
 #: Seconds that the rounds of a contest take; at least five rounds are run.
-BUDGET = 80.0
+BUDGET = 45.0
 
 
 def contests(*, quick: bool) -> tuple[Contest, ...]:

@@ -16,6 +16,7 @@ PRODUCTS = (
     "baddbmm",
     "matmul",
     "linear",
+    "onednn_linear",
     "convolution",
     "conv1d",
     "conv2d",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import fxlrp
+from fxlrp.kernels import measured
 
 
 def interleaved(run: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -41,7 +42,7 @@ def versions() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "fxlrp": fxlrp.__version__,
-        "device": torch.cuda.get_device_name() if is_gpu else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if is_gpu else measured.processor(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
     }

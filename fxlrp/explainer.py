@@ -22,7 +22,7 @@ from .compiler.budget import Budget, Memory, checked_budget
 from .compiler.canonicalize import canonicalize
 from .compiler.capture import TRACE, capture, identifier
 from .compiler.faithful import call_model, compare, run_model
-from .compiler.fused import chosen
+from .compiler.fused import REFERENCE, chosen
 from .compiler.graphs import placeholders, value
 from .compiler.inputs import (
     Bound,
@@ -37,7 +37,7 @@ from .compiler.inputs import (
 from .compiler.latents import find
 from .compiler.ledger import account
 from .compiler.liveness import Sizes, sizes_at
-from .compiler.lower import lower
+from .compiler.lower import Runner, lower
 from .compiler.parameters import named
 from .compiler.pipeline import Program, build
 from .compiler.plan import Plan
@@ -94,8 +94,8 @@ def lrp_compile(
         parameters: names of parameters whose relevance ``w * G_w`` is returned too, as
             ``model.named_parameters()`` has them, with wildcards.
         kernels: names of Triton kernels to use wherever they apply (docs/kernels.md); ``"auto"``: those that
-            run on the model's device and were measured to be faster there; ``"reference"``: none. The plan's
-            notes say which are used, and why others are not.
+            run on the model's device and were measured to be faster there; ``"reference"``: none, nor oneDNN
+            for linear maps. The plan's notes say which are used, and why others are not.
         memory_budget: how much memory an explanation may take beside weights and inputs: None computes again
             only what is next to free; a float in (0, 1] is a share of what that takes, an int is bytes.
             Estimated; a share counts at the first call's sizes. ``explainer.memory`` has the figures. The
@@ -354,7 +354,7 @@ class Explainer:
                             self.composite if vectors is not None else as_composite("gradient"),
                             starts,
                             stops,
-                            lambda graph: lower(graph, self.backend, bound.tensors[0].device),
+                            lambda graph: self._lowered(graph, bound),
                             forward=forward,
                             strict=self.strict,
                             inputs=self._explained,
@@ -559,9 +559,14 @@ class Explainer:
                 warnings.warn(line, CompositeWarning, stacklevel=6)
             if isinstance(target, Function):
                 _keep_last(self._programs, _KEPT_FUNCTIONS - 1, lambda k: k[1][0] == "Function")
-            runner = lower(program.relevance.graph, self.backend, bound.tensors[0].device)
+            runner = self._lowered(program.relevance.graph, bound)
             self._programs[key] = Compiled(program, runner, trace.values is None, trace)
         return self._programs[key]
+
+    def _lowered(self, graph: fx.GraphModule, bound: Bound) -> Runner:
+        """What runs a graph where the inputs are."""
+        device = bound.tensors[0].device
+        return lower(graph, self.backend, device, onednn=self.kernels != (REFERENCE,))
 
     def _trace_for_function(self, trace: Trace, bound: Bound, target: Function) -> Trace:
         """The dynamic trace where the user's function holds on it for these sizes, else one of these sizes.

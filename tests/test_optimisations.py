@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from bench.zoo.check import Case, case_of
 from bench.zoo.rows import Row
 from fxlrp.compiler.pipeline import build
 from fxlrp.compiler.remat import MADE_BY
+from fxlrp.kernels import measured
 from fxlrp.rules.base import vjp
 
 ROWS = [
@@ -30,10 +32,19 @@ ROWS = [
 CASES = list(zip(ROWS, itertools.cycle(("attnlrp", "cp"))))  # cp has the frozen attention
 
 
+@pytest.fixture(autouse=True)
+def any_processor() -> Iterator[None]:
+    """Linear maps are oneDNN's for weights of any size, on any processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxlrp.kernels.onednn.LEAST_WEIGHT", 1)
+        patch.setattr("fxlrp.kernels.measured.MEASURED", {measured.processor(): {"onednn": True}})
+        yield
+
+
 @pytest.fixture
 def unoptimised(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A compiler that moves no choice up, simplifies nothing, keeps every value and its order, and hands
-    frozen attention to the ordinary backward.
+    """A compiler that moves no choice up, simplifies nothing, keeps every value and its order, hands frozen
+    attention to the ordinary backward and linear maps to PyTorch.
     """
     from fxlrp.compiler import pipeline
 
@@ -45,6 +56,7 @@ def unoptimised(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr("fxlrp.explainer.build", functools.partial(build, demand=False))
     monkeypatch.setattr("fxlrp.compiler.pipeline.rematerialise", kept)
     monkeypatch.setattr("fxlrp.rules.attention.attention_of_values", vjp)
+    monkeypatch.setattr("fxlrp.compiler.lower.is_faster", lambda: False)
     for step in ("_simplify", "_fold_matmul", "_fold_slices", "_deduplicate"):
         monkeypatch.setattr(f"fxlrp.compiler.cleanup.{step}", lambda *_: None)
     return monkeypatch

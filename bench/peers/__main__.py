@@ -52,14 +52,22 @@ class Contest:
 
 _GRADIENT = {"Captum InputXGradient": "fxlrp gradient"}
 _CAPTUM = {**_GRADIENT, "Captum IntegratedGradients(20)": None}
-_LXT = {"LXT": "fxlrp"}
+_LXT = {"LXT": "fxlrp", "LXT, frozen": "fxlrp"}
 _OURS = ("forward", "gradient x input", "fxlrp", "fxlrp inductor", "fxlrp gradient")
 _LEAST = ("forward", "gradient x input", "fxlrp", "fxlrp, least memory", "fxlrp gradient")
 _LINEAR = {"zennit epsilon": "fxlrp epsilon", "zennit gamma": "fxlrp gamma"}
 #: Contenders of ours that must agree.
 _SAME = dict.fromkeys(("fxlrp inductor", "fxlrp, least memory"), "fxlrp")
 #: What ratios are taken over.
-_BASES = ("forward", "gradient x input", "LXT", "fxlrp", "zennit epsilon", "zennit gamma")
+_BASES = (
+    "forward",
+    "gradient x input",
+    "LXT",
+    "LXT, frozen",
+    "fxlrp",
+    "zennit epsilon",
+    "zennit gamma",
+)
 #: Seconds that the rounds of a contest take; at least five rounds are run.
 BUDGET = 45.0
 
@@ -208,21 +216,22 @@ def difference(found: Tensor, expected: Tensor) -> float:
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| model | contender | s | over forward | over Gradient × Input | over LXT | peak MiB | gate |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | contender | s | over forward | over Gradient × Input | over LXT | over LXT, frozen | "
+        "peak MiB | gate |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         for name, seconds in result["seconds"].items():
             memory = result.get("peak MiB", {}).get(name)
             gate = next((v for k, v in result["gate"].items() if k.startswith(f"{name} against")), None)
-            over = [result.get(f"over {base}", {}).get(name) for base in _BASES[:3]]
+            over = [result.get(f"over {base}", {}).get(name) for base in _BASES[:4]]
             ratios = " | ".join("" if x is None else f"{x:.2f}" for x in over)
             lines.append(
                 f"| {result['workload']} | {name} | {seconds:.4f} | {ratios} | "
                 f"{'' if memory is None else f'{memory:.0f}'} | {'' if gate is None else f'{gate:.1e}'} |"
             )
         lines += [
-            f"| {result['workload']} | {name} | left out: {why} | | | | | |"
+            f"| {result['workload']} | {name} | left out: {why} | | | | | | |"
             for name, why in result["left out"].items()
         ]
     return "\n".join(lines)

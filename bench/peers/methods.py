@@ -6,6 +6,7 @@ without arguments that returns relevance ``[batch, ...]`` of the predicted class
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -51,13 +52,18 @@ def forward(model: nn.Module, workload: Workload) -> Run:
     return run
 
 
-def gradient_times_input(model: nn.Module, workload: Workload) -> Run:
-    """Embeddings times the gradient of the largest logit, by autograd. With LXT's patches this is LXT."""
+def gradient_times_input(model: nn.Module, workload: Workload, *, frozen: bool = True) -> Run:
+    """Embeddings times the gradient of the largest logit, by autograd. With LXT's patches this is LXT.
+
+    Not ``frozen``: weights ask for gradients, as they do in a model that nobody told otherwise.
+    """
     name, value = _leaf(model, workload)
+    model.requires_grad_(not frozen)
     logits = _caller(model, name)
 
     def run() -> Tensor:
         leaf = value.clone().requires_grad_()
+        model.zero_grad()
         logits(leaf).max(-1).values.sum().backward()
         assert leaf.grad is not None
         return _per_token(name, leaf.detach() * leaf.grad)
@@ -160,7 +166,8 @@ METHODS: dict[str, tuple[Callable[[nn.Module, Workload], Run], Callable[[Workloa
     "fxlrp gradient": (fxlrp("gradient", "eager"), None),
     "fxlrp epsilon": (fxlrp(_rule("Epsilon", 1e-6), "eager"), None),
     "fxlrp gamma": (fxlrp(_rule("Gamma", 0.25), "eager"), None),
-    "LXT": (gradient_times_input, patch_lxt),
+    "LXT": (functools.partial(gradient_times_input, frozen=False), patch_lxt),
+    "LXT, frozen": (gradient_times_input, patch_lxt),
     "Captum InputXGradient": (captum_gradient, None),
     "Captum IntegratedGradients(20)": (captum_integrated, None),
     "zennit epsilon": (zennit("Epsilon", epsilon=1e-6), None),

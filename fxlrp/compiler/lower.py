@@ -16,6 +16,7 @@ from .blocks import outline
 from .cudagraphs import CudaRecorder, Replayed
 from .inductor import Compilable
 from .inputs import collection_paused, plain_region
+from .products import by_onednn, is_faster
 
 #: Takes the relevance graph's inputs, returns its outputs.
 Runner = Callable[..., Any]
@@ -23,7 +24,14 @@ Runner = Callable[..., Any]
 _KEPT_SHAPES = 256
 
 
-def lower(graph: fx.GraphModule | None, backend: str, device: torch.device, *, blocks: bool = True) -> Runner:
+def lower(
+    graph: fx.GraphModule | None,
+    backend: str,
+    device: torch.device,
+    *,
+    blocks: bool = True,
+    onednn: bool = True,
+) -> Runner:
     """A callable for the relevance graph.
 
     Args:
@@ -31,6 +39,7 @@ def lower(graph: fx.GraphModule | None, backend: str, device: torch.device, *, b
         backend: one of ``BACKENDS``.
         device: where the inputs are.
         blocks: whether layers that are alike are compiled once, where there are enough (``blocks.TIMES``).
+        onednn: whether linear maps may be oneDNN's, on processors where that was measured to be faster.
 
     Raises:
         InputError: an unknown backend, or one that does not serve this device.
@@ -39,6 +48,8 @@ def lower(graph: fx.GraphModule | None, backend: str, device: torch.device, *, b
         raise InputError(f"There is no backend {backend!r}. Backends: {', '.join(BACKENDS)}.")
     if graph is None:
         return _nothing
+    if onednn and device.type == "cpu" and is_faster():
+        graph = by_onednn(graph)
     chosen = ("inductor" if device.type == "cuda" else "eager") if backend == "auto" else backend
     return _LOWERED[chosen](graph, device, blocks)
 

@@ -14,11 +14,12 @@ from .budget import Budget, Memory, rematerialise
 from .canonicalize import Canonical
 from .causal import skip_beyond
 from .demand import only_outputs, only_rows
-from .fused import AUTO, fuse
+from .fused import AUTO, REFERENCE, fuse
 from .graphs import outputs
 from .liveness import Sizes
 from .plan import Plan
 from .positions import PositionLeaf, with_position_leaves
+from .products import notes as products_notes
 from .rewrite import rewrite
 from .seed import Seed
 from .slicing import demanded
@@ -121,5 +122,7 @@ def build(
     relevance.graph.recompile()
     graph, memory = rematerialise(relevance.graph, budget, sizes or Sizes())
     relevance = replace(relevance, graph=verify_relevance(graph))
-    plan = Plan(plan.rows, tuple(moved), (*notes, *canonical.misses, *fusion.notes), (*plan.idle, *idle))
+    products = () if kernels == (REFERENCE,) else products_notes(relevance.graph)
+    notes = (*notes, *canonical.misses, *fusion.notes, *products)
+    plan = Plan(plan.rows, tuple(moved), notes, (*plan.idle, *idle))
     return Program(plan, rule_graph, relevance, seed, memory)

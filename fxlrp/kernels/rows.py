@@ -99,11 +99,13 @@ class Tiles:
         widest: of the widest row that is one tile.
         per_thread: what a thread holds of a tile that is wide enough.
         looped: the widest tile of a row that has several.
+        least_warps: of a program.
     """
 
     widest: int
     per_thread: int
     looped: int
+    least_warps: int = 4
 
     def of(self, columns: Any, itemsize: int) -> Tile:
         """The tile for rows of so many columns; a symbol gets one that is right for any number of them."""
@@ -121,7 +123,7 @@ class Tiles:
     def _one(self, width: int, itemsize: int) -> Tile:
         elements = max(width, _SMALLEST // itemsize)
         warps = elements * itemsize // (32 * self.per_thread)
-        return Tile(elements // width, width, min(16, max(4, warps)))
+        return Tile(elements // width, width, min(16, max(self.least_warps, warps)))
 
     def _looped(self, width: int, itemsize: int) -> Tile:
         # Of the widest, few programs at a time: what they read again is then still in the L2 cache.

@@ -68,7 +68,7 @@ TABLES: dict[tuple[str, str, int], Table] = {
         256: Row(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
     },
     ("of_queries", "ampere", 2): {
-        64: Row(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2, 2)),
+        64: Row(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2, 2)),
         128: Row(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2, 2)),
         256: Row(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
     },
@@ -111,7 +111,7 @@ TABLES: dict[tuple[str, str, int], Table] = {
     ("of_keys", "hopper", 2): {
         64: Row(Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(32, 128, 8, 2, 2)),
         128: Row(Tiles(32, 128, 8, 2), Tiles(32, 128, 8, 1)),
-        256: Row(Tiles(32, 64, 8, 2), Tiles(16, 32, 8, 1)),
+        256: Row(Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 1)),
     },
     ("frozen", "hopper", 2): {
         64: Row(Tiles(64, 128, 8, 2), Tiles(64, 128, 8, 2), Tiles(64, 128, 8, 2, 2)),
@@ -124,7 +124,7 @@ TABLES: dict[tuple[str, str, int], Table] = {
     },
     ("of_queries", "hopper", 4): {
         64: Row(Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1)),
-        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 4, 1)),
     },
     ("of_keys", "hopper", 4): {
         64: Row(Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1)),
@@ -160,7 +160,7 @@ TABLES: dict[tuple[str, str, int], Table] = {
     },
     ("of_queries", "blackwell", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
-        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        128: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 4, 1)),
     },
     ("of_keys", "blackwell", 4): {
         64: Row(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
@@ -176,7 +176,7 @@ TABLES: dict[tuple[str, str, int], Table] = {
         256: Row(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
     },
     ("of_queries", "cdna", 2): {
-        64: Row(Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1, 4)),
+        64: Row(Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1, 4)),
         128: Row(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
         256: Row(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
     },

@@ -10,10 +10,9 @@ a mean that is large beside the deviation costs no digits.
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-import torch
 from dataclasses import replace
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -99,13 +99,13 @@ class Tiles:
         widest: of the widest row that is one tile.
         per_thread: what a thread holds of a tile that is wide enough.
         looped: the widest tile of a row that has several.
-        least_warps: of a program.
+        smallest: what a tile of narrow rows has at least.
     """
 
     widest: int
     per_thread: int
     looped: int
-    least_warps: int = 4
+    smallest: int = 4096
 
     def of(self, columns: Any, itemsize: int) -> Tile:
         """The tile for rows of so many columns; a symbol gets one that is right for any number of them."""
@@ -121,9 +121,9 @@ class Tiles:
         return [*(self._one(w, itemsize) for w in widths), *looped]
 
     def _one(self, width: int, itemsize: int) -> Tile:
-        elements = max(width, _SMALLEST // itemsize)
+        elements = max(width, self.smallest // itemsize)
         warps = elements * itemsize // (32 * self.per_thread)
-        return Tile(elements // width, width, min(16, max(self.least_warps, warps)))
+        return Tile(elements // width, width, min(16, max(4, warps)))
 
     def _looped(self, width: int, itemsize: int) -> Tile:
         # Of the widest, few programs at a time: what they read again is then still in the L2 cache.
@@ -131,5 +131,5 @@ class Tiles:
         return replace(self._one(width, itemsize), warps=warps, loops=True)
 
 
-#: Columns of the narrowest tile, and bytes that a tile has at least.
-_NARROWEST, _SMALLEST = 32, 4096
+#: Columns of the narrowest tile.
+_NARROWEST = 32

@@ -44,7 +44,7 @@ PRODUCTS_LIMIT = 1.2
 #: What cp may take over attnlrp, which computes coefficients of queries and keys too.
 CP_LIMIT = 0.88
 #: Seconds that the rounds of one cell take; at least five rounds are run.
-BUDGET = 40.0
+BUDGET = 25.0
 
 
 class Contenders:

@@ -36,7 +36,8 @@ CASES = list(zip(ROWS, itertools.cycle(("attnlrp", "cp"))))  # cp has the frozen
 def any_processor() -> Iterator[None]:
     """Linear maps are oneDNN's for weights of any size, on any processor."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fxlrp.kernels.onednn.LEAST_WEIGHT", 1)
+        for limit in ("LEAST_WEIGHT", "LEAST_SIDE", "LEAST_ROWS"):
+            patch.setattr(f"fxlrp.kernels.onednn.{limit}", 1)
         patch.setattr("fxlrp.kernels.measured.MEASURED", {measured.processor(): {"onednn": True}})
         yield
 

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxlrp
 from fxlrp.compiler.products import by_onednn
+from fxlrp.errors import KernelError
 from fxlrp.kernels import measured, onednn
 
 WIDE = 512
@@ -40,7 +43,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("lead", [(), (0,), (1,), (3,), (2, 5), (3, 1, 64)])
+@pytest.mark.parametrize("lead", [(), (0,), (63,), (64,), (67,), (7, 19), (3, 1, 67), (1000,)])
 def test_the_op_is_the_linear_map(
     lead: tuple[int, ...], transposed: bool, has_bias: bool, layout: str
 ) -> None:
@@ -59,7 +62,85 @@ def test_the_op_is_the_linear_map(
     assert torch.linalg.norm(found - expected) <= 3 * torch.linalg.norm(usual - expected)
 
 
-@pytest.mark.parametrize("rows", [1, 6])
+ODD_BIASES: dict[str, Callable[[int], Tensor]] = {
+    "strided": lambda n: numbers(2 * n)[::2],
+    "a column": lambda n: numbers(n, 2)[:, 1],
+    "expanded": lambda n: numbers(1).expand(n),
+    "a number": lambda n: numbers(1)[0],
+    "one": lambda n: numbers(1),
+    "a row": lambda n: numbers(1, n),
+    "a matrix": lambda n: numbers(70, n),
+    "with an offset": lambda n: numbers(n + 1)[1:],
+}
+
+
+@pytest.mark.parametrize("bias", ODD_BIASES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_any_bias_is_read_as_pytorch_reads_it(bias: str, transposed: bool) -> None:
+    """Breaks if oneDNN, which neither looks at a bias's strides nor broadcasts it, were given such a one."""
+    x, weight, given = numbers(70, WIDE), numbers(WIDE, WIDE), ODD_BIASES[bias](WIDE)
+    usual = nn.functional.linear(x, weight.t() if transposed else weight, given)
+    found = onednn_linear(x, weight, given, transposed)
+    torch.testing.assert_close(found, usual, rtol=0, atol=1e-5 * float(usual.abs().max()))
+
+
+def profiled(function: Callable[[], Any]) -> set[str]:
+    with torch.profiler.profile() as profile:
+        function()
+    return {event.key for event in profile.key_averages()}
+
+
+@needs_onednn
+def test_when_it_is_called() -> None:
+    """Breaks if oneDNN ran on few rows, which it is slower on, where the user switched it off, or never."""
+    weight, called = numbers(WIDE, WIDE), "mkldnn::_linear_pointwise"
+    many, few = numbers(64, WIDE), numbers(63, WIDE)
+    assert called in profiled(lambda: onednn_linear(many, weight, None, False))
+    assert called not in profiled(lambda: onednn_linear(few, weight, None, False))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert called not in profiled(lambda: onednn_linear(many, weight, None, False))
+
+
+def test_many_lengths_share_code() -> None:
+    """Breaks if each number of rows were a shape of its own to oneDNN, which keeps code for each."""
+    from fxlrp.kernels.onednn import _linear
+
+    given: set[tuple[int, ...]] = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "linear_pointwise" in str(op):
+                given.add(tuple(args[0].shape))
+            return op(*args, **kwargs or {})
+
+    weight = numbers(WIDE, WIDE)
+    with Seen():
+        for rows in range(64, 512):
+            assert _linear(numbers(rows, WIDE), weight, None, False).shape == (rows, WIDE)
+    assert len(given) <= 3 * 16 + 1
+
+
+def test_it_has_the_reference_s_derivatives() -> None:
+    """Breaks if a gradient or a tangent that passes the op were lost without a word."""
+    x, weight = numbers(70, WIDE), numbers(WIDE, WIDE)
+    leaf = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(onednn_linear(leaf, weight, None, False).sum(), leaf)
+    torch.testing.assert_close(found, torch.ones(70, WIDE) @ weight, rtol=1e-4, atol=1e-3)
+    for grads in (True, False):
+        with torch.set_grad_enabled(grads):
+            _, tangent = torch.func.jvp(lambda x: onednn_linear(x, weight, None, False), (x,), (x,))
+        torch.testing.assert_close(tangent, x @ weight.t(), rtol=1e-4, atol=1e-3)
+
+
+def test_its_flops_are_counted() -> None:
+    """Breaks if PyTorch's counter took products of the op for nothing."""
+    x, weight = numbers(2, 35, WIDE), numbers(WIDE, 600)
+    with FlopCounterMode(display=False) as counter:
+        onednn_linear(x, weight, None, True)
+    assert counter.get_total_flops() == 2 * 70 * WIDE * 600
+
+
+@pytest.mark.parametrize("rows", [1, 70])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_op_obeys_pytorch(rows: int, transposed: bool) -> None:
     """Breaks if its fake version had other shapes or strides, or what it returns were one of its operands."""
@@ -107,7 +188,8 @@ TAKEN: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "addmm of a bias": (torch.addmm, (B, X, W)),
 }
 LEFT: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
-    "a small weight": (nn.functional.linear, (X, W[:100])),
+    "a small weight": (nn.functional.linear, (X, W[:500])),
+    "a narrow weight": (nn.functional.linear, (numbers(6, 2048), numbers(128, 2048))),
     "float64": (nn.functional.linear, (X.double(), W.double())),
     "bfloat16": (nn.functional.linear, (X.bfloat16(), W.bfloat16())),
     "a batch of weights": (torch.matmul, (X[None], W[None])),
@@ -166,15 +248,16 @@ def test_explanations_are_the_same(backend: str) -> None:
     """Breaks if explanations by oneDNN differed by more than rounding, for one target or several, or if the
     notes did not say that they are.
     """
-    model, x = Mixer().eval(), numbers(2, 7, WIDE)
+    model, x = Mixer().eval(), numbers(2, 40, WIDE)
     explainer = fxlrp.lrp_compile(model, backend=backend)
     plain = fxlrp.lrp_compile(model, backend="eager", kernels="reference")
     for target in (None, [0, 3]):
         assert_same(explainer(x, target=target).relevance, plain(x, target=target).relevance)
-    (note,) = [note for note in explainer.plan.notes if "oneDNN" in note]
+    (note,) = explainer.plan.here
     assert "4 products" in note
     assert measured.processor() in note
-    assert not any("oneDNN" in note for note in plain.plan.notes)
+    assert note in str(explainer.plan)
+    assert not plain.plan.here
 
 
 @needs_onednn
@@ -183,7 +266,7 @@ def test_other_composites_vjps_and_artifacts_too(tmp_path: Path, monkeypatch: py
     """Breaks if rules that split weights, products between nodes, or a loaded graph, which knows no values of
     nodes, were another function by oneDNN, or if the loaded graph did without it.
     """
-    model, x = Mixer().eval(), numbers(2, 7, WIDE)
+    model, x = Mixer().eval(), numbers(2, 40, WIDE)
     vectors = numbers(3, 2, 5)
     found = fxlrp.lrp_compile(model, "attnlrp-gamma", backend="eager")
     plain = fxlrp.lrp_compile(model, "attnlrp-gamma", backend="eager", kernels="reference")
@@ -198,6 +281,44 @@ def test_other_composites_vjps_and_artifacts_too(tmp_path: Path, monkeypatch: py
     loaded = fxlrp.load(tmp_path / "mixer.fxlrp", backend="eager")
     assert sum(map(served, calls)) >= 4
     assert_same(loaded(x).relevance, plain(x).relevance)
+    assert "oneDNN" not in str(loaded.plan)
+    calls.clear()
+    usual = fxlrp.load(tmp_path / "mixer.fxlrp", backend="eager", kernels="reference")
+    assert not calls
+    assert_same(usual(x).relevance, plain(x).relevance)
+    with pytest.raises(KernelError, match="chosen already"):
+        fxlrp.load(tmp_path / "mixer.fxlrp", kernels="softmax")
+
+
+class Pairs(nn.Module):
+    """A product of two tensors of symbolic sizes, whose second has the size of a large weight at times."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ x.t()) @ x
+
+
+@needs_onednn
+@pytest.mark.usefixtures("faster")
+def test_sizes_are_not_looked_at(tmp_path: Path) -> None:
+    """Breaks if the choice were a condition on symbolic sizes, which a saved explainer would keep."""
+    explainer = fxlrp.lrp_compile(Pairs(), backend="eager")
+    explainer(numbers(10, WIDE))
+    explainer.save(tmp_path / "pairs.fxlrp")
+    loaded = fxlrp.load(tmp_path / "pairs.fxlrp")
+    for rows in (10, 700):
+        found = loaded(numbers(rows, WIDE)).relevance
+        assert_same(found, explainer(numbers(rows, WIDE)).relevance)
+
+
+class Wrapped(Tensor):
+    """A weight that is more than its numbers."""
+
+
+def test_can_run_takes_plain_weights_only() -> None:
+    """Breaks if a weight of a class of its own, or of another layout, were read as numbers."""
+    assert not onednn.can_run(W.as_subclass(Wrapped))[0]
+    assert not onednn.can_run(W.to_sparse())[0]
+    assert onednn.can_run(nn.Parameter(W))[0] == torch.backends.mkldnn.is_available()
 
 
 def test_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,8 +328,8 @@ def test_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     for rows in ({}, {measured.processor(): {"onednn": False}}):
         monkeypatch.setattr("fxlrp.kernels.measured.MEASURED", rows)
         explainer = fxlrp.lrp_compile(Mixer().eval(), backend="eager")
-        explainer(numbers(2, 7, WIDE))
-        assert not any("oneDNN" in note for note in explainer.plan.notes)
+        explainer(numbers(2, 40, WIDE))
+        assert not explainer.plan.here
     assert not called
 
 
@@ -222,4 +343,4 @@ def test_the_processor_has_a_name() -> None:
 def test_can_run_says_why_not() -> None:
     """Breaks if a refusal had no reason."""
     assert "float32" in onednn.can_run(W.double())[1] or not torch.backends.mkldnn.is_available()
-    assert "matrices" in onednn.can_run(W[:100])[1] or not torch.backends.mkldnn.is_available()
+    assert "matrices" in onednn.can_run(W[:500])[1] or not torch.backends.mkldnn.is_available()

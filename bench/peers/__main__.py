@@ -69,7 +69,7 @@ _BASES = (
     "zennit gamma",
 )
 #: Seconds that the rounds of a contest take; at least five rounds are run.
-BUDGET = 45.0
+BUDGET = 25.0
 
 
 def contests(*, quick: bool) -> tuple[Contest, ...]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from ..compiler.fused import AUTO, REFERENCE
 from ..compiler.graphs import output_node
 from ..compiler.lower import lower
-from ..errors import ArtifactError, first_line
+from ..errors import ArtifactError, KernelError, first_line
 from . import graph as graphs
 from . import weights
 from .aot import native_runner
@@ -29,6 +30,7 @@ def load(
     verify: bool = True,
     aot: bool = False,
     chunk: int | None = None,
+    kernels: str = AUTO,
 ) -> LoadedExplainer:
     """Load what ``Explainer.save`` wrote.
 
@@ -44,9 +46,12 @@ def load(
         aot: run the native code that ``save(aot=True)`` put in. This is code from the file: only for files
             that you would run.
         chunk: how many of several targets are explained in one pass at most.
+        kernels: ``"auto"``, or ``"reference"`` to leave linear maps to PyTorch. Kernels of rules are those
+            that were chosen when it was saved; where they cannot run, their ops compute the reference.
 
     Raises:
         ArtifactError: it is no artifact, of another format, damaged, or needs ops that are not there.
+        KernelError: other ``kernels``.
         ImportError: the package safetensors is missing.
     """
     stored = weights.read(Path(path))
@@ -55,6 +60,10 @@ def load(
         weights.refuse_changed(stored, header.digests)
     saved, place = device_of(header.inputs.device), torch.device(device or header.inputs.device)
     lower(None, backend, place)  # refuses an unknown backend
+    if kernels not in (AUTO, REFERENCE):
+        raise KernelError(
+            f"kernels={kernels!r}: of an artifact they are chosen already. Give 'auto' or 'reference'."
+        )
     try:
         torch.empty(0, device=place)
     except Exception as error:  # another class for each kind of device
@@ -81,7 +90,11 @@ def load(
         if place.type != "cpu" or backend not in ("auto", "eager"):
             module = with_values(module, header, program.target, place)
         native = aot and i == 0  # the package is the first program's
-        runner = native_runner(stored.tensor(PACKAGE), module) if native else lower(module, backend, place)
+        runner = (
+            native_runner(stored.tensor(PACKAGE), module)
+            if native
+            else lower(module, backend, place, onednn=kernels != REFERENCE)
+        )
         programs.append(LoadedProgram(program, module, runner))
     return LoadedExplainer(header, tuple(programs), place, chunk)
 

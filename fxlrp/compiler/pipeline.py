@@ -19,7 +19,7 @@ from .graphs import outputs
 from .liveness import Sizes
 from .plan import Plan
 from .positions import PositionLeaf, with_position_leaves
-from .products import notes as products_notes
+from .products import chosen_here
 from .rewrite import rewrite
 from .seed import Seed
 from .slicing import demanded
@@ -122,7 +122,7 @@ def build(
     relevance.graph.recompile()
     graph, memory = rematerialise(relevance.graph, budget, sizes or Sizes())
     relevance = replace(relevance, graph=verify_relevance(graph))
-    products = () if kernels == (REFERENCE,) else products_notes(relevance.graph)
-    notes = (*notes, *canonical.misses, *fusion.notes, *products)
-    plan = Plan(plan.rows, tuple(moved), notes, (*plan.idle, *idle))
+    notes = (*notes, *canonical.misses, *fusion.notes)
+    here = () if kernels == (REFERENCE,) else chosen_here(relevance.graph)
+    plan = Plan(plan.rows, tuple(moved), notes, (*plan.idle, *idle), here)
     return Program(plan, rule_graph, relevance, seed, memory)

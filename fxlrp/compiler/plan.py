@@ -47,12 +47,14 @@ class Plan:
         sources: where the explained inputs enter.
         notes: how the model was captured and what the patterns found.
         idle: which entries of the composite decided nothing, and why.
+        here: what was chosen for this processor; artifacts leave it out.
     """
 
     rows: tuple[Assignment, ...]
     sources: tuple[Source, ...] = field(repr=False)
     notes: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
+    here: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Assignment]:
         return iter(self.rows)
@@ -70,7 +72,7 @@ class Plan:
             (r.kind, r.rule.name, (r.node, r.op, rule_text(r.rule), r.reason, r.module, r.source))
             for r in self.rows
         ]
-        return layout(rows, (*self.notes, *self.idle), structural=structural)
+        return layout(rows, (*self.notes, *self.idle, *self.here), structural=structural)
 
     def __str__(self) -> str:
         return self.table()

@@ -7,22 +7,22 @@ Relevance graphs are the same on every machine. The choice is made where one is 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ..kernels import measured, onednn
-from .graphs import arg, copy_graph, is_op, value
+from .graphs import copy_graph, value
 
 #: What measurements call it.
 KERNEL = "onednn"
 
 
 def is_faster() -> bool:
-    """Whether linear maps by oneDNN were measured to be faster on this processor."""
-    return bool(measured.faster(KERNEL, measured.processor()))
+    """Whether linear maps by oneDNN were measured to be faster on this processor than what PyTorch calls."""
+    return torch.backends.mkl.is_available() and bool(measured.faster(KERNEL, measured.processor()))
 
 
 def by_onednn(module: fx.GraphModule) -> fx.GraphModule:
@@ -36,35 +36,46 @@ def by_onednn(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def notes(module: fx.GraphModule) -> tuple[str, ...]:
+def chosen_here(module: fx.GraphModule) -> tuple[str, ...]:
     """For the plan: how many nodes of a relevance graph are computed so on this processor."""
     count = sum(1 for _ in _linear_maps(module)) if is_faster() else 0
-    where = f"measured to be faster on {measured.processor()}"
-    return (f"linear maps by oneDNN: {count} products of the relevance graph, {where}",) if count else ()
+    line = (
+        f"linear maps of {onednn.LEAST_ROWS} rows and more by oneDNN: {count} products of the relevance "
+        f"graph, measured to be faster on {measured.processor()}"
+    )
+    return (line,) if count else ()
 
 
 def _linear_maps(module: fx.GraphModule) -> Iterator[tuple[fx.Node, tuple[Any, ...]]]:
     """Nodes that oneDNN takes, each with the operands of its op."""
     for node in module.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        operands = _operands(node)
+        read = _OPERANDS.get(node.target) if node.op == "call_function" and not node.kwargs else None
+        operands = read and read(*node.args)
         if operands is not None and _is_served(module, operands[1]):
             yield node, operands
 
 
-def _operands(node: fx.Node) -> tuple[Any, ...] | None:
-    """Of a linear map: x, the weight, the bias, and whether the weight is transposed."""
-    if node.kwargs:
-        return None
-    if is_op(node, "linear"):
-        return (*(*node.args, None)[:3], False)
-    if is_op(node, "mm", "matmul"):
-        return (*node.args, None, True)
-    is_bias = (
-        is_op(node, "addmm") and isinstance(value(arg(node, 0)), Tensor) and value(arg(node, 0)).dim() == 1
-    )
-    return (*node.args[1:], arg(node, 0), True) if is_bias else None
+def _linear(x: Any, weight: Any, bias: Any = None) -> tuple[Any, ...]:
+    return x, weight, bias, False
+
+
+def _product(x: Any, weight: Any) -> tuple[Any, ...]:
+    return x, weight, None, True
+
+
+def _added(bias: Any, x: Any, weight: Any) -> tuple[Any, ...] | None:
+    known = value(bias)
+    return (x, weight, bias, True) if isinstance(known, Tensor) and known.dim() == 1 else None
+
+
+_ATEN = torch.ops.aten
+#: By op, its arguments as x, the weight, the bias, and whether the weight is transposed; None for other uses.
+_OPERANDS: dict[Any, Callable[..., tuple[Any, ...] | None]] = {
+    _ATEN.linear.default: _linear,
+    _ATEN.mm.default: _product,
+    _ATEN.matmul.default: _product,
+    _ATEN.addmm.default: _added,
+}
 
 
 def _is_served(module: fx.GraphModule, weight: Any) -> bool:

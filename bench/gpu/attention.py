@@ -148,6 +148,9 @@ def _of_backward(at_least: float) -> tuple[Line, ...]:
     return (Line("SDPA backward", at_least=at_least),)
 
 
+#: The forward belongs to each of them.
+_EVERY = ("attention", "attention_epsilon", "attention_frozen")
+
 CASES = (
     *(
         case
@@ -160,16 +163,25 @@ CASES = (
                 functools.partial(_relevance, 1e-3),
                 shape,
                 _of_backward(0.7),
+                cases=("attention_epsilon",),
             ),
-            Case("attention", "frozen relevance", _frozen, shape, _of_backward(1.6)),
+            Case(
+                "attention",
+                "frozen relevance",
+                _frozen,
+                shape,
+                _of_backward(1.6),
+                cases=("attention_frozen",),
+            ),
         )
     ),
-    Case("attention", "forward", _forward, _shapes(4, 32, 4096, 128)),
+    Case("attention", "forward", _forward, _shapes(4, 32, 4096, 128), cases=_EVERY),
     Case(
         "attention",
         "eight targets",
         functools.partial(_targets, 8),
         _shapes(1, 16, 4096, 128),
         (Line("8 calls", at_most=0.7),),
+        cases=("attention", "attention_epsilon"),
     ),
 )

@@ -78,6 +78,7 @@ class Case:
         lines: what must be reached.
         dtype: of the inputs.
         decides: whether the kernel is launched for such a shape, so that its being faster there counts.
+        cases: for which entries of ``fxlrp/kernels/measured.py`` it counts; the kernel's own by default.
     """
 
     kernel: str
@@ -88,6 +89,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     notes: Mapping[str, str] = field(default_factory=dict)
     decides: bool = True
+    cases: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:

@@ -105,7 +105,7 @@ def _kernels(part: str, device: torch.device) -> Iterator[Row]:
     yield {"what": "ceilings", "ceilings": ceilings}
     for case in CASES[part]:
         row: Row = {"what": case.label, "kernel": case.kernel, "lines": _unreached(case)}
-        row["decides"] = case.decides
+        row["decides"] = (case.cases or (case.kernel,)) if case.decides else ()
         row |= _tried(lambda case=case: measure.measured(case, device, ceilings["copy"]))
         torch.cuda.empty_cache()
         yield row

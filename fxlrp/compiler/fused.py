@@ -101,7 +101,9 @@ def fuse(module: fx.GraphModule, kernels: tuple[str, ...], keep: Collection[str]
     for node in _rule_nodes(graph):
         step = rule_op(node)
         row = next((served for served in SERVED if served.takes(step.rule, step.op)), None)
-        if row is not None and choice.falls(row.kernel, node, row.refusal(step.rule, call_of(node))):
+        if row is not None and choice.falls(
+            row.kernel, node, row.refusal(step.rule, call_of(node)), row.measured_as(step.rule)
+        ):
             node.target = RuleOp(step.op, Fused(step.rule, row), step.active)
     graph.recompile()
     return Fusion(graph, choice.notes())
@@ -115,10 +117,13 @@ class _Choice:
     used: Counter[str] = field(default_factory=Counter)
     missed: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
-    def falls(self, kernel: str, node: fx.Node, refusal: str) -> bool:
-        """Whether the choice falls on a kernel for a node, given why it cannot run there, if so."""
+    def falls(self, kernel: str, node: fx.Node, refusal: str, case: str = "") -> bool:
+        """Whether the choice falls on a kernel for a node, given why it cannot run there, if so.
+
+        ``case``: what measurements call it there; the kernel's own name by default.
+        """
         if self.kernels == (AUTO,):
-            refusal = refusal or _slower(kernel, _device(node))
+            refusal = refusal or _slower(case or kernel, _device(node))
         elif kernel not in self.kernels:
             return False
         elif refusal:

@@ -32,6 +32,7 @@ class Served:
         refusal: why the kernel cannot run on a call of fake tensors; empty where it can.
         linearize: the rule by the kernel; its pullback takes one coefficient, or K of them.
         limit: of a call's sizes, up to which the kernel is launched, for notes; nothing where there is none.
+        case: by what name a rule's case is measured, where a kernel has several; its own name otherwise.
     """
 
     kernel: str
@@ -41,6 +42,11 @@ class Served:
     refusal: Callable[[Any, Call], str]
     linearize: Callable[[Any, Call], Linearization]
     limit: str = ""
+    case: Callable[[Any], str] | None = None
+
+    def measured_as(self, rule: Rule) -> str:
+        """What :mod:`fxlrp.kernels.measured` calls the kernel under a rule."""
+        return self.kernel if self.case is None else self.case(rule)
 
     def takes(self, rule: Rule, op: Any) -> bool:
         """Whether this row is for a rule on an op."""
@@ -249,6 +255,14 @@ def _attention(rule: Rule, call: Call) -> Linearization:
     return Linearization(out, pullback)
 
 
+def _attention_case(rule: Rule) -> str:
+    """Without stabilisers the kernel replaces PyTorch's own backward; with them, or frozen, more."""
+    if isinstance(rule, FrozenAttention):
+        return "attention_frozen"
+    is_stabilised = isinstance(rule, AttentionRule) and bool(rule.epsilon or rule.score_epsilon)
+    return "attention_epsilon" if is_stabilised else "attention"
+
+
 def _nothing(call: Call) -> Callable[[Cotangent], tuple[Tensor | None, ...]]:
     return lambda cotangent: (None,) * len(call.active)
 
@@ -298,5 +312,6 @@ SERVED: Final[tuple[Served, ...]] = (
         _always,
         _attention_refusal,
         _attention,
+        case=_attention_case,
     ),
 )

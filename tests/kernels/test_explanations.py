@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 import fxlrp
 from fxlrp.compiler.fused import KERNELS
-from fxlrp.rules import AlphaBeta, AttentionRule, Epsilon, Gamma, ZPlus
+from fxlrp.rules import AlphaBeta, AttentionRule, Epsilon, FrozenAttention, Gamma, ZPlus
 
 
 @pytest.fixture(autouse=True)
@@ -197,3 +197,30 @@ def test_a_latent_inside_a_gate_keeps_its_own_node(device: torch.device) -> None
         for kernels in ("gate", "reference")
     )
     assert_same(found, expected)
+
+
+CASES = {
+    "attention": AttentionRule(),
+    "attention_epsilon": AttentionRule(epsilon=0.1),
+    "attention_frozen": FrozenAttention(),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_is_chosen_by_case(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks if a case of attention that was measured to be slower took the others with it."""
+    asked = set()
+
+    def slower(case: str, device: torch.device) -> str:
+        asked.add(case)
+        return "" if case == name else "it was measured to be slower"
+
+    monkeypatch.setattr("fxlrp.compiler.fused._slower", slower)
+    for case, rule in CASES.items():
+        asked.clear()
+        explainer = fxlrp.lrp_compile(GatedBlock().eval(), fxlrp.Composite([(fxlrp.op("attention"), rule)]))
+        x = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(1))
+        explainer(x)
+        assert case in asked and not asked & (set(CASES) - {case})
+        used = [note for note in explainer.plan.notes if note.startswith("kernel attention: 1 nodes")]
+        assert bool(used) == (case == name)

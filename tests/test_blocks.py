@@ -85,7 +85,7 @@ def explained(
     """An explanation by blocks that run eagerly, and the blocks."""
     found: list[Outlined] = []
 
-    def lowered(graph: fx.GraphModule | None, *rest: Any) -> Any:
+    def lowered(graph: fx.GraphModule | None, *rest: Any, **settings: Any) -> Any:
         if graph is None:
             return None
         made = outline(graph)

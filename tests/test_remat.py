@@ -255,7 +255,7 @@ def test_running_out_of_memory_names_the_setting(
     """Breaks if the one who runs out of memory is not told of the setting, or the error changes its class."""
     error = type(error)(*error.args)
     explainer, least = budgeted(usual, 1.0), usual.memory.least_share
-    monkeypatch.setattr("fxlrp.explainer.lower", lambda *given: failing(error))
+    monkeypatch.setattr("fxlrp.explainer.lower", lambda *given, **settings: failing(error))
     for target in (None, [1, 2]):
         with pytest.raises(type(error)) as caught:
             explainer(example(), target=target)

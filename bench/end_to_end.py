@@ -142,7 +142,8 @@ def limits(result: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
         for name, limit in subject.limits.items()
         if name in result["seconds"]
     }
-    found[f"{EAGER} over {PRODUCTS}"] = (result[f"over {PRODUCTS}"][EAGER], PRODUCTS_LIMIT)
+    if PRODUCTS in result["seconds"]:
+        found[f"{EAGER} over {PRODUCTS}"] = (result[f"over {PRODUCTS}"][EAGER], PRODUCTS_LIMIT)
     if CP in result["seconds"] and "Llama" in subject.name:
         found[f"{CP} over attnlrp"] = (result[f"over {EAGER}"][CP], CP_LIMIT)
     return found

@@ -147,7 +147,7 @@ TABLES: dict[tuple[str, str, int], Table] = {
     ("of_keys", "blackwell", 2): {
         64: Row(Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2, 2)),
         128: Row(Tiles(32, 128, 8, 1), Tiles(32, 128, 8, 1)),
-        256: Row(Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
+        256: Row(Tiles(32, 64, 8, 1), Tiles(32, 32, 8, 1)),
     },
     ("frozen", "blackwell", 2): {
         64: Row(Tiles(64, 128, 8, 2), Tiles(32, 64, 4, 1)),
@@ -209,7 +209,7 @@ TABLES: dict[tuple[str, str, int], Table] = {
 }
 
 #: For the pass before relevance; its keys mean nothing.
-PREPARED = Tiles(32, 1, 4, 1)
+PREPARED = Tiles(16, 1, 4, 1)
 #: Small, so that small shapes have several.
 INTERPRETED = Tiles(16, 16, 4, 1, 2)
 

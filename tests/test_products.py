@@ -20,7 +20,10 @@ from fxlrp.kernels import measured, onednn
 
 WIDE = 512
 onednn_linear = torch.ops.fxlrp.onednn_linear.default
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+needs_onednn = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()),
+    reason="needs oneDNN, and MKL that it is measured against",
+)
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -101,6 +104,7 @@ def test_when_it_is_called() -> None:
         assert called not in profiled(lambda: onednn_linear(many, weight, None, False))
 
 
+@needs_onednn
 def test_many_lengths_share_code() -> None:
     """Breaks if each number of rows were a shape of its own to oneDNN, which keeps code for each."""
     from fxlrp.kernels.onednn import _linear
@@ -117,7 +121,7 @@ def test_many_lengths_share_code() -> None:
     with Seen():
         for rows in range(64, 512):
             assert _linear(numbers(rows, WIDE), weight, None, False).shape == (rows, WIDE)
-    assert len(given) <= 3 * 16 + 1
+    assert 3 * 16 <= len(given) <= 3 * 16 + 1
 
 
 def test_it_has_the_reference_s_derivatives() -> None:
@@ -149,7 +153,7 @@ def test_the_op_obeys_pytorch(rows: int, transposed: bool) -> None:
 
 
 @needs_onednn
-def test_precision_is_the_users_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_is_the_users_choice() -> None:
     """Breaks if reduced precision that PyTorch was told to use, or not to, were another in the op."""
     x, weight = numbers(64, WIDE), numbers(WIDE, WIDE)
     before = torch.get_float32_matmul_precision()
@@ -178,7 +182,6 @@ def served(module: fx.GraphModule) -> int:
     return sum(node.target is onednn_linear for node in by_onednn(module).graph.nodes)
 
 
-aten = torch.ops.aten
 X, W, B = numbers(6, WIDE), numbers(WIDE, WIDE), numbers(WIDE)
 TAKEN: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "linear": (nn.functional.linear, (X, W)),

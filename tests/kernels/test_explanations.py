@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 import fxlrp
+from bench.gpu.attention import CASES as benchmarks
 from fxlrp.compiler.fused import KERNELS
 from fxlrp.rules import AlphaBeta, AttentionRule, Epsilon, FrozenAttention, Gamma, ZPlus
 
@@ -208,7 +209,10 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_attention_is_chosen_by_case(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if a case of attention that was measured to be slower took the others with it."""
+    """Breaks if a case of attention that was measured to be slower took the others with it, or if benchmarks
+    decided about cases by other names.
+    """
+    assert set(CASES) == {entry for case in benchmarks for entry in case.cases or (case.kernel,)}
     asked = set()
 
     def slower(case: str, device: torch.device) -> str:

@@ -18,6 +18,7 @@ one of 16 numbers of rows between a power of 2 and the next: texts of many lengt
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -98,10 +99,7 @@ def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: boo
 
 def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     """Multiplications and additions of a map, for PyTorch's counter; it gives shapes."""
-    rows = 1
-    for size in x[:-1]:
-        rows *= size
-    return int(2 * rows * weight[0] * weight[1])
+    return int(2 * math.prod(x[:-1]) * math.prod(weight))
 
 
 _LIBRARY.impl("onednn_linear", reference.linear, "CompositeExplicitAutograd")

@@ -24,7 +24,8 @@ TIMES = {
 }
 #: What the peers' part calls what the others call differently.
 _SAME = {"fxlrp": "fxlrp eager"}
-#: What an explanation may take over LXT: time, memory by default, memory and time of the least.
+#: What an explanation may take over LXT: time (as its README calls it), memory by default, memory and time
+#: of the least.
 LXT_TIME, LXT_MEMORY, LXT_LEAST, LXT_LEAST_TIME = 0.6, 0.7, 0.3, 1.4
 _LONG = 2048
 #: Contenders of others, and the libraries whose versions are told.
@@ -120,7 +121,7 @@ def _over_lxt(cell: Mapping[str, Any]) -> Iterator[Figure]:
         for ours in ("fxlrp", "fxlrp inductor"):
             if ours in cell.get(f"over {lxt}", {}):
                 what = f"{where}: {TIMES[_SAME.get(ours, ours)]} over {TIMES[lxt]}"
-                yield Figure(what, cell[f"over {lxt}"][ours], LXT_TIME)
+                yield Figure(what, cell[f"over {lxt}"][ours], LXT_TIME if lxt == "LXT" else None)
     least, frozen = "fxlrp, least memory", "LXT, frozen"
     if cell["length"] >= _LONG and frozen in peaks:
         yield Figure(f"{where}: peak memory over LXT's", peaks["fxlrp"] / peaks[frozen], LXT_MEMORY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +82,7 @@ class Backward:
                 results = template.inline(
                     self.graph, [*self._operands(flat), *[None] * self._seeds(node)], range(outs), known
                 )
-                self._mark(known.values(), node, "")
+                self._mark(known, node, "")
                 self.pending[node] = known
                 self.values[node] = results[0] if isinstance(value(node), Tensor) else tuple(results)
                 return
@@ -159,7 +159,7 @@ class Backward:
         flat, _ = tree(node)
         wanted = [outs + i for i in range(len(rule_op(node).active))]
         results = template.inline(self.graph, [*self._operands(operands), *seeds], wanted, known)
-        self._mark([n for k, n in known.items() if k not in before], node, "relevance of ")
+        self._mark({k: n for k, n in known.items() if k not in before}, node, "relevance of ")
         into = self.carried if rule_op(node).rule.direct else self.cotangents
         for position, coefficient in zip(rule_op(node).active, results, strict=True):
             if coefficient is not None:
@@ -190,7 +190,7 @@ class Backward:
         wanted = [outs + i for i in range(len(step_op.active))]
         known: dict[fx.Node, Any] = {}
         results = template.inline(self.graph, [*self._operands(operands), *seeds], wanted, known)
-        self._mark(known.values(), node, "relevance of ")
+        self._mark(known, node, "relevance of ")
         flat, _ = tree(node)
         found: dict[fx.Node, Any] = {}
         for position, made in zip(step_op.active, results, strict=True):
@@ -244,9 +244,11 @@ class Backward:
         made.meta["val"] = value(operands[0])
         return made
 
-    def _mark(self, made: Any, node: fx.Node, prefix: str) -> None:
-        for new in made:
-            if isinstance(new, fx.Node) and new.op == "call_function" and "relevance_of" not in new.meta:
+    def _mark(self, made: Mapping[fx.Node, Any], node: fx.Node, prefix: str) -> None:
+        """Say of a template's nodes, but for its inputs, which node's they are."""
+        for old, new in made.items():
+            is_made = isinstance(new, fx.Node) and new.op == "call_function" and old.op != "placeholder"
+            if is_made and "relevance_of" not in new.meta:
                 new.meta.update(
                     {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
                 )

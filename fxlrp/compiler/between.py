@@ -229,7 +229,7 @@ class _Push(_Ends):
             range(len(template.outputs)),
             known,
         )
-        self._mark(known.values(), node, "tangent of ")
+        self._mark(known, node, "tangent of ")
         outs = len(results) // 2
         single = isinstance(value(node), Tensor)
         self.values[node] = results[0] if single else tuple(results[:outs])

@@ -5,11 +5,13 @@ them, each reads and writes a tensor of its own. Linear ops hand such a factor o
 an addition takes it: ``a + c b`` is one op, ``add(a, b, alpha=c)``.
 
 Only coefficients take part: the forward stays the model's, op by op, and its ops may read strides, which
-coefficients do not promise. What changes is rounding, and nothing where factors are powers of 2.
+coefficients do not promise. What changes is rounding, and nothing where factors are powers of 2. It is a step
+of the eager backend: compilers fuse multiplications anyway, and layers that are alike stay alike for them.
 """
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +35,15 @@ _LINEAR: dict[Any, tuple[int, ...]] = {
     **{getattr(_ATEN, name): (0,) for name in _FIRST.split()},
     **dict.fromkeys((_ATEN.mul, _ATEN.matmul, _ATEN.mm, _ATEN.bmm, self_gate, normalize), (0, 1)),
 }
+_PIECES, _SPLITS = (
+    (_ATEN.slice, _ATEN.select),
+    (_ATEN.split, _ATEN.split_with_sizes, _ATEN.chunk, _ATEN.unbind, _ATEN.tensor_split),
+)
+_VIEWS = (
+    *_PIECES,
+    *(_ATEN.reshape, _ATEN.transpose, _ATEN.permute, _ATEN.t),
+    *(_ATEN.unsqueeze, _ATEN.squeeze, _ATEN.expand),
+)
 #: What stands for a node, and the factor that this lacks.
 _Held = dict[Any, tuple[fx.Node, float]]
 #: Multiplies a node by a number, before another node.
@@ -57,19 +68,18 @@ def _count(graph: fx.Graph) -> int:
 
 def _hand_on(graph: fx.Graph) -> None:
     free = _free(graph)
-    single = _single(graph, free)
     held: _Held = {}
     times = _maker()
     for node in list(graph.nodes):
         factor = _factor(node)
         if factor is not None and (node in free or arg(node, 0) in held):
             x, scale = held.get(node.args[0], (arg(node, 0), 1.0))
-            if node in free and _fits(scale * factor):
+            if node in free and _fits(scale * factor) and not _is_piece(x):
                 held[node] = x, scale * factor
             else:
                 node.args = (x, scale * factor)
         elif any(x in held for x in node.all_input_nodes):
-            lacks = _READERS.get(node.target, _linear)(node, held, times, node in free and node in single)
+            lacks = _READERS.get(node.target, _linear)(node, held, times, node in free)
             if lacks != 1.0:
                 held[node] = node, lacks
 
@@ -145,19 +155,14 @@ def _free(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _single(graph: fx.Graph, free: set[fx.Node]) -> set[fx.Node]:
-    """Nodes with one reader each up to the next addition.
-
-    A sum that lacks a factor would hand it on to all that reads it: to a residual stream, where the first
-    layer on it would pay, and be unlike the layers that it repeats.
-    """
-    found: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if len(node.users) == 1:
-            (user,) = node.users
-            if user.target is _ADD or (user in free and user in found):
-                found.add(node)
-    return found
+def _is_piece(node: fx.Node) -> bool:
+    """Whether a node is part of a larger tensor, whose memory is free sooner if a product takes its place."""
+    while getattr(node.target, "overloadpacket", None) in _VIEWS:
+        if node.target.overloadpacket in _PIECES:  # type: ignore[union-attr]
+            return True
+        node = arg(node, 0)
+    is_element = node.target is operator.getitem
+    return is_element and getattr(arg(node, 0).target, "overloadpacket", None) in _SPLITS
 
 
 def _takes(user: fx.Node, node: fx.Node, free: set[fx.Node]) -> bool:

@@ -14,6 +14,7 @@ from torch import fx
 from ..errors import InputError
 from .blocks import outline
 from .cudagraphs import CudaRecorder, Replayed
+from .factors import merged
 from .inductor import Compilable
 from .inputs import collection_paused, plain_region
 from .products import by_onednn, is_faster
@@ -48,9 +49,11 @@ def lower(
         raise InputError(f"There is no backend {backend!r}. Backends: {', '.join(BACKENDS)}.")
     if graph is None:
         return _nothing
+    chosen = ("inductor" if device.type == "cuda" else "eager") if backend == "auto" else backend
+    if chosen == "eager":
+        graph = merged(graph)
     if onednn and device.type == "cpu" and is_faster():
         graph = by_onednn(graph)
-    chosen = ("inductor" if device.type == "cuda" else "eager") if backend == "auto" else backend
     return _LOWERED[chosen](graph, device, blocks)
 
 

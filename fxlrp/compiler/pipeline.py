@@ -14,7 +14,6 @@ from .budget import Budget, Memory, rematerialise
 from .canonicalize import Canonical
 from .causal import skip_beyond
 from .demand import only_outputs, only_rows
-from .factors import merged
 from .fused import AUTO, REFERENCE, fuse
 from .graphs import outputs
 from .liveness import Sizes
@@ -121,7 +120,7 @@ def build(
     )
     skip_beyond(relevance.graph.graph)
     relevance.graph.recompile()
-    graph, memory = rematerialise(merged(relevance.graph), budget, sizes or Sizes())
+    graph, memory = rematerialise(relevance.graph, budget, sizes or Sizes())
     relevance = replace(relevance, graph=verify_relevance(graph))
     notes = (*notes, *canonical.misses, *fusion.notes)
     here = () if kernels == (REFERENCE,) else chosen_here(relevance.graph)

@@ -159,7 +159,7 @@ def markdown(results: Results) -> str:
         for f in figures(results)
     ]
     measured = {part: data["versions"] for part, data in results.items() if "versions" in data}
-    said = next(iter(measured.values()), {})
+    said = measured.get("end_to_end", next(iter(measured.values()), {}))
     lines += ["", ", ".join(f"{k} {v}" for k, v in said.items() if k != "load")]
     for name, version in sorted(_peers(results).items()):
         lines[-1] += f", {name} {version} (peers)"

@@ -81,8 +81,9 @@ KEPT: dict[str, Function] = {
     "beside a number": lambda a, b, c: (0.5 * b + 1) @ c + a,
     "of another type": lambda a, b, c: a + (0.5 * b).float().double(),
     "beside parts of another type": lambda a, b, c: a + torch.cat([0.5 * b[:2], c[:2].float()]),
-    "huge": lambda a, b, c: a + (1e20 * b) @ c,
-    "tiny": lambda a, b, c: a + (1e-20 * b) @ c,
+    "a number that rounds": lambda a, b, c: a + 0.3 * b,
+    "huge": lambda a, b, c: a + (2.0**64 * b) @ c,
+    "tiny": lambda a, b, c: a + (2.0**-64 * b) @ c,
     "zero": lambda a, b, c: a + 0.0 * b,
     "into an op of that name": lambda a, b, c: a + torch.ops.fxlrp_test_factors.normalize(0.5 * b),
     "where strides would change": lambda a, b, c: 0.5 * a + b.t(),
@@ -99,7 +100,7 @@ def test_factors_are_taken(name: str) -> None:
     module, given = traced(function)
     found = merged(module)
     assert products(found) == left < products(module)
-    torch.testing.assert_close(found(*given), module(*given), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found(*given), module(*given), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", KEPT)

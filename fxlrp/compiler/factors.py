@@ -1,16 +1,17 @@
-"""Factors: multiplications by a number that the next addition does on the side.
+"""Factors: multiplications by powers of 2 that the next addition does on the side.
 
-Rules leave many of them behind: the halves of the uniform rule, the scale of scores. Where no compiler fuses
-them, each reads and writes a tensor of its own. Linear ops hand such a factor on, ``f(c x) = c f(x)``, until
-an addition takes it: ``a + c b`` is one op, ``add(a, b, alpha=c)``.
+Rules leave many of them behind: the halves of the uniform rule. Where no compiler fuses them, each reads and
+writes a tensor of its own. Linear ops hand such a factor on, ``f(c x) = c f(x)``, until an addition takes it:
+``a + c b`` is one op, ``add(a, b, alpha=c)``. Powers of 2 never round: the result is exactly the same.
 
 Only coefficients take part: the forward stays the model's, op by op, and its ops may read strides, which
-coefficients do not promise. What changes is rounding, and nothing where factors are powers of 2. It is a step
-of the eager backend: compilers fuse multiplications anyway, and layers that are alike stay alike for them.
+coefficients do not promise. It is a step of the eager backend: compilers fuse multiplications anyway, and
+layers that are alike stay alike for them.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable
@@ -198,10 +199,11 @@ def _is_alike(first: fx.Node, second: fx.Node) -> bool:
 
 
 def _factor(node: fx.Node) -> float | None:
-    """The number that a node multiplies a tensor of its own type by."""
-    if node.target is not _MUL or not isinstance(node.args[1], (int, float)):
+    """The power of 2 that a node multiplies a tensor of its own type by; with other numbers it rounds."""
+    number = node.args[1] if node.target is _MUL else None
+    if not isinstance(number, (int, float)) or abs(math.frexp(number)[0]) != 0.5:
         return None
-    return float(node.args[1]) if _dtype(arg(node, 0)) is _dtype(node) is not None else None
+    return float(number) if _dtype(arg(node, 0)) is _dtype(node) is not None else None
 
 
 def _fits(factor: float) -> bool:

@@ -46,7 +46,7 @@ def any_processor() -> Iterator[None]:
 @pytest.fixture
 def unoptimised(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A compiler that moves no choice up, simplifies nothing, keeps every value and its order, hands frozen
-    attention to the ordinary backward and linear maps to PyTorch.
+    attention to the ordinary backward, linear maps to PyTorch and factors to ops of their own.
     """
     from fxlrp.compiler import pipeline
 
@@ -59,6 +59,7 @@ def unoptimised(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr("fxlrp.compiler.pipeline.rematerialise", kept)
     monkeypatch.setattr("fxlrp.rules.attention.attention_of_values", vjp)
     monkeypatch.setattr("fxlrp.compiler.lower.is_faster", lambda: False)
+    monkeypatch.setattr("fxlrp.compiler.lower.merged", lambda graph: graph)
     for step in ("_simplify", "_fold_matmul", "_fold_slices", "_deduplicate"):
         monkeypatch.setattr(f"fxlrp.compiler.cleanup.{step}", lambda *_: None)
     return monkeypatch
